@@ -1,0 +1,1 @@
+"""From text to scored rows: formats, tokenizer checks, assistants' log-probabilities, batches."""
