@@ -47,9 +47,9 @@ def check_same_tokenizer(
     """Check that every id means the same token in both vocabularies.
 
     Vocabularies are compared, not class names: a slow and a fast tokenizer of one model pass, two BPE tokenizers
-    trained on different text do not. Chat templates may differ. One side may know *added* tokens (padding, tool markers) beyond
-    the last id of the other: shared ids keep their meaning. The size of a model's embedding, which is often padded to a
-    round number, plays no part.
+    trained on different text do not. Chat templates may differ. One side may know *added* tokens (padding, tool
+    markers) beyond the last id of the other: shared ids keep their meaning. The size of a model's embedding, which is
+    often padded to a round number, plays no part.
 
     Args:
         base (`str` or `PreTrainedTokenizerBase`): the base's tokenizer, or where to load it from.
