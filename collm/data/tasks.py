@@ -59,10 +59,9 @@ def bioasq(row: Row, snippets: bool = False) -> Row:
     """
     kind = row["type"]
     if kind not in _BIOASQ_INSTRUCTIONS:
+        allowed = ", ".join(_BIOASQ_INSTRUCTIONS)
         hint = did_you_mean(kind, _BIOASQ_INSTRUCTIONS)
-        raise DataFormatError(
-            f'BioASQ has no type "{kind}"; it has {allowed}.{did_you_mean(kind, _BIOASQ_INSTRUCTIONS)}'
-        )
+        raise DataFormatError(f'BioASQ has no type "{kind}"; it has {allowed}.{hint}')
     prompt = f"{row['body'].strip()}\n{_BIOASQ_INSTRUCTIONS[kind]}"
     if snippets and row.get("snippets"):
         prompt = "\n".join(snippet["text"].strip() for snippet in row["snippets"]) + f"\n\n{prompt}"
