@@ -11,12 +11,20 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 # public name -> module that defines it
-_EXPORTS: dict[str, str] = {}
+_EXPORTS: dict[str, str] = {
+    "CoLLMForCausalLM": "modeling",
+    "DeferralConfig": "configuration",
+    "deferral_labels": "losses",
+    "marginal_likelihood_loss": "losses",
+    "weak_supervision_loss": "losses",
+}
 
 __all__ = ["__version__", *_EXPORTS]
 
 if TYPE_CHECKING:
-    pass
+    from .configuration import DeferralConfig
+    from .losses import deferral_labels, marginal_likelihood_loss, weak_supervision_loss
+    from .modeling import CoLLMForCausalLM
 
 
 def __getattr__(name: str) -> Any:

@@ -82,7 +82,7 @@ def marginal_likelihood_loss(
     loss = -torch.logsumexp(joint, dim=-1)
     if deferral_cost:
         loss = loss + deferral_cost * (1 - deferral_probabilities(deferral_logits)[..., 0])
-    return _mean(loss, num_items_in_batch)
+    return mean_over_targets(loss, num_items_in_batch)
 
 
 def weak_supervision_loss(
@@ -110,10 +110,11 @@ def weak_supervision_loss(
     log_pi = log_deferral_probabilities(deferral_logits)
     weight = torch.where(defer_labels > 0, positive_weight, 1.0) * (defer_labels >= 0)
     writer = -log_pi.gather(-1, defer_labels.clamp_min(0).unsqueeze(-1)).squeeze(-1)
-    return _mean((-2 * base_logprobs.to(log_pi.dtype) + weight * writer) / 3, num_items_in_batch)
+    return mean_over_targets((-2 * base_logprobs.to(log_pi.dtype) + weight * writer) / 3, num_items_in_batch)
 
 
-def _mean(per_token: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
+def mean_over_targets(per_token: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
+    """Sum over target tokens divided by the target tokens of the whole optimiser step (default: those given)."""
     if num_items_in_batch is None:
         num_items_in_batch = max(1, per_token.numel())
     elif isinstance(num_items_in_batch, Tensor):

@@ -1,0 +1,240 @@
+"""Reading and writing deferral checkpoints in all their forms.
+
+    full          an ordinary checkpoint of the architecture plus `deferral_head.weight` (plain `save_pretrained`)
+    head-only     config.json and `deferral_head.safetensors`, a few kilobytes, naming its base in `deferral.base_model`
+    LoRA          PEFT's adapter folder with `deferral_head` among `modules_to_save`, plus our config.json
+    merged        the paper's: one more vocabulary row, `<|defer|>`, in embedding and LM head
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.utils import cached_file
+
+from .configuration import DeferralConfig
+from .errors import CheckpointError, ConfigurationError
+from .modeling import base_class_for, collm_class
+
+HEAD_FILE = "deferral_head.safetensors"
+ADAPTER_FILE = "adapter_config.json"
+DEFER_TOKEN = "<|defer|>"
+# Arguments that say where a file lies; everything else in from_pretrained's kwargs is about the model.
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+# Arguments that AutoConfig would swallow although the model needs them.
+MODEL_ARGUMENTS = ("dtype", "torch_dtype", "quantization_config")
+
+
+def load_deferral_checkpoint(
+    name: str,
+    *args: Any,
+    num_assistants: int | None = None,
+    deferral: DeferralConfig | dict[str, Any] | None = None,
+    **kwargs: Any,
+) -> Any:
+    """What `CoLLMForCausalLM.from_pretrained` does; its docstring says what comes in, out, and which errors.
+
+    1. Read config.json; find the architecture's own class.
+    2. Settle the `DeferralConfig`: the checkpoint's, or a new one.
+    3. Load the weights by the form of the checkpoint.
+    """
+    # 1. config.json and the architecture.
+    hub = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
+    held = {key: kwargs.pop(key) for key in MODEL_ARGUMENTS if key in kwargs}
+    with _checkpoint_errors(name):
+        config = kwargs.pop("config", None)
+        if config is None:
+            config, kwargs = AutoConfig.from_pretrained(name, return_unused_kwargs=True, **kwargs)
+    kwargs = {**kwargs, **hub, **held}
+    base_class = base_class_for(config)
+
+    # 2. The head's settings.
+    trained = getattr(config, "deferral", None) is not None
+    defer_row = None if trained else _paper_defer_row(name, hub)
+    config.deferral = _settle_deferral(name, config, trained, defer_row is not None, num_assistants, deferral)
+    if not trained and config.deferral.base_model is None:
+        config.deferral.base_model = name
+
+    # 3. The weights.
+    with _checkpoint_errors(name):
+        if defer_row is not None:
+            return _load_paper_checkpoint(name, base_class, config, defer_row, kwargs)
+        if trained and _find(name, ADAPTER_FILE, hub):
+            return _load_adapter(name, config, hub, kwargs)
+        if trained and _find(name, HEAD_FILE, hub):
+            return _load_head_only(name, config, hub, kwargs)
+        return _load_full(name, base_class, config, trained, args, kwargs)
+
+
+def _settle_deferral(
+    name: str,
+    config: PreTrainedConfig,
+    trained: bool,
+    from_paper: bool,
+    num_assistants: int | None,
+    given: DeferralConfig | dict[str, Any] | None,
+) -> DeferralConfig:
+    if from_paper:
+        saved = DeferralConfig(features=["hidden"])
+    elif trained:
+        saved = DeferralConfig.from_any(config.deferral)
+    else:
+        new = DeferralConfig.from_any(given if given is not None else {"num_assistants": num_assistants or 1})
+        if num_assistants not in (None, new.num_assistants):
+            raise ConfigurationError(f"num_assistants={num_assistants} but deferral has num_assistants={new.num_assistants}.")
+        return new
+    settings = dict(given or {})
+    if isinstance(given, DeferralConfig):  # a whole config: only what differs from the defaults was meant
+        settings = {key: value for key, value in given.items() if value != DeferralConfig()[key]}
+    if num_assistants is not None:
+        settings["num_assistants"] = num_assistants
+    for key in ("num_assistants", "features", "bias"):
+        if settings.get(key, saved[key]) != saved[key]:
+            raise CheckpointError(
+                f'the deferral head of "{name}" was trained with {key}={saved[key]!r}, not {settings[key]!r}. Load it as it '
+                f"is, or start a new head from its base{f' ({saved.base_model})' if saved.base_model else ''}."
+            )
+    return DeferralConfig.from_any({**saved, **settings})
+
+
+def _load_full(
+    name: str, base_class: Any, config: PreTrainedConfig, trained: bool, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    want_info = kwargs.pop("output_loading_info", False)
+    model, info = collm_class(base_class).from_pretrained(
+        name, *args, config=config, output_loading_info=True, **kwargs
+    )
+    if trained and any(key.startswith("deferral_head.") for key in info["missing_keys"]):
+        raise CheckpointError(
+            f'"{name}" says in config.json that it has a deferral head, but its weights have none. It was probably saved '
+            "through AutoModelForCausalLM; save it again from a CoLLMForCausalLM."
+        )
+    return (model, info) if want_info else model
+
+
+def _load_head_only(name: str, config: PreTrainedConfig, hub: dict[str, Any], kwargs: dict[str, Any]) -> Any:
+    model = _load_base_of(name, config, hub, kwargs)
+    state = load_file(_find(name, HEAD_FILE, hub))
+    model.deferral_head.load_state_dict(state)
+    model.name_or_path = name
+    return model
+
+
+def _load_adapter(name: str, config: PreTrainedConfig, hub: dict[str, Any], kwargs: dict[str, Any]) -> Any:
+    from peft import PeftModel
+
+    model = _load_base_of(name, config, hub, kwargs)
+    adapted = PeftModel.from_pretrained(model, name, **{k: v for k, v in hub.items() if v is not None})
+    merged = adapted.merge_and_unload()
+    merged.name_or_path = name
+    return merged
+
+
+def _load_base_of(name: str, config: PreTrainedConfig, hub: dict[str, Any], kwargs: dict[str, Any]) -> Any:
+    base_name = config.deferral.base_model
+    if not base_name:
+        raise CheckpointError(f'"{name}" holds only a head or an adapter and does not name its base (deferral.base_model).')
+    # Revision and subfolder belong to the checkpoint, the rest (token, cache, offline) to both.
+    kwargs = {key: value for key, value in kwargs.items() if key not in ("revision", "subfolder")}
+    model = load_deferral_checkpoint(base_name, deferral=DeferralConfig.from_any(dict(config.deferral)), **kwargs)
+    model.config.deferral.base_model = base_name
+    return model
+
+
+def _load_paper_checkpoint(
+    name: str, base_class: Any, config: PreTrainedConfig, defer_row: int, kwargs: dict[str, Any]
+) -> Any:
+    """Cut the row of `<|defer|>` (and padding behind it) off the vocabulary; it becomes the head."""
+    deferral, config.deferral = config.deferral, None
+    del config.deferral
+    model = base_class.from_pretrained(name, config=config, **kwargs)
+    row = model.get_output_embeddings().weight[defer_row].detach().float().clone()
+    model.resize_token_embeddings(defer_row, mean_resizing=False)
+    model = collm_class(base_class).from_base(model, deferral=deferral)
+    model.deferral_head.weight.data.copy_(row.unsqueeze(0))
+    return model
+
+
+def _paper_defer_row(name: str, hub: dict[str, Any]) -> int | None:
+    """Token id of `<|defer|>` where the checkpoint's tokenizer has it as its last token, else `None`."""
+    for file in ("added_tokens.json", "tokenizer_config.json", "tokenizer.json"):
+        path = _find(name, file, hub)
+        if path is None or DEFER_TOKEN not in (text := Path(path).read_text(encoding="utf-8")):
+            continue
+        content = json.loads(text)
+        if DEFER_TOKEN in content:
+            return int(content[DEFER_TOKEN])
+        decoder = content.get("added_tokens_decoder", {})
+        added = content.get("added_tokens", [])
+        added = added + [{"id": key, **value} for key, value in decoder.items() if isinstance(value, dict)]
+        for token in added:
+            if isinstance(token, dict) and token.get("content") == DEFER_TOKEN:
+                return int(token["id"])
+    return None
+
+
+def _find(name: str, file: str, hub: dict[str, Any]) -> str | None:
+    if os.path.isdir(name):
+        path = Path(name, hub.get("subfolder") or "", file)
+        return str(path) if path.is_file() else None
+    return cached_file(
+        name, file, **hub,
+        _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False,
+        _raise_exceptions_for_gated_repo=False,
+    )  # fmt: skip
+
+
+@contextmanager
+def _checkpoint_errors(name: str) -> Iterator[None]:
+    try:
+        yield
+    except SafetensorError as error:
+        raise CheckpointError(
+            f'a weight file of "{name}" is damaged or cut off ({error}). Copy or download the checkpoint again.'
+        ) from error
+    except OSError as error:
+        hint = "" if os.path.isdir(name) else f' "{name}" is no local folder; is the path or the Hub id right?'
+        raise CheckpointError(f'cannot read a checkpoint from "{name}": {str(error).strip()}{hint}') from error
+
+
+def save_head_only(model: Any, folder: str | os.PathLike[str]) -> None:
+    """Write config.json and `deferral_head.safetensors`: a few kilobytes that name their base.
+
+    Args:
+        model ([`CoLLMForCausalLM`]): only its head differs from `config.deferral.base_model`.
+        folder (`str`): created where missing.
+
+    Raises:
+        CheckpointError: the model does not know its base.
+    """
+    if not model.config.deferral.base_model:
+        raise CheckpointError(
+            "this model does not know the name of its base: set model.config.deferral.base_model to a Hub id or folder."
+        )
+    os.makedirs(folder, exist_ok=True)
+    save_deferral_config(model, folder)
+    state = {key: value.detach().cpu().contiguous() for key, value in model.deferral_head.state_dict().items()}
+    temporary = Path(folder, HEAD_FILE + ".partial")
+    save_file(state, temporary, metadata={"format": "pt"})
+    os.replace(temporary, Path(folder, HEAD_FILE))
+
+
+def save_deferral_config(model: Any, folder: str | os.PathLike[str]) -> None:
+    """Write the model's config.json into `folder`, naming `CoLLMForCausalLM` (an adapter folder needs it too)."""
+    model.config.architectures = ["CoLLMForCausalLM"]
+    model.config.dtype = str(model.dtype).removeprefix("torch.")
+    model.config.save_pretrained(folder)
+
+
+def head_state(model: Any) -> dict[str, torch.Tensor]:
+    """Copy of the head's tensors, float32 on the CPU."""
+    return {key: value.detach().float().cpu().clone() for key, value in model.deferral_head.state_dict().items()}

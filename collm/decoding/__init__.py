@@ -1,0 +1,1 @@
+"""Collaborative decoding: who writes the next token, and how both models keep up."""

@@ -1,0 +1,7 @@
+"""`generate(assistant=...)`."""
+
+from __future__ import annotations
+
+
+class CollaborativeGenerationMixin:
+    """Holds `generate`."""

@@ -1,0 +1,557 @@
+"""`CoLLMForCausalLM`: any decoder-only architecture of transformers with a deferral head.
+
+It is a mixin over the architecture's own class. For a Llama checkpoint, `CoLLMForCausalLM.from_pretrained` builds (once)
+`class CoLLMLlamaForCausalLM(CoLLMForCausalLM, LlamaForCausalLM)`, so that everything transformers, PEFT, accelerate and
+DeepSpeed know about Llama holds for it, and its checkpoint is an ordinary Llama checkpoint plus `deferral_head.weight`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers import initialization as init
+from transformers.modeling_outputs import MoeModelOutputWithPast
+from transformers.utils import ModelOutput
+
+from .configuration import DeferralConfig
+from .decoding.generation import CollaborativeGenerationMixin
+from .errors import ConfigurationError, UnsupportedModelError
+from .losses import (
+    deferral_labels,
+    log_joint,
+    marginal_likelihood_loss,
+    mean_over_targets,
+    uncertainty_features,
+    weak_supervision_loss,
+)
+
+# Logits that exist at once while a loss is computed: 128 MiB in float32, about 220 positions of a 150k vocabulary.
+LOGITS_PER_CHUNK = 2**25
+
+
+class TargetScores(NamedTuple):
+    """What the base and the head say about each target token; N targets, F features, K assistants.
+
+    features: `(N, F)` float32, what the head reads (uncertainty features not yet standardised).
+    base_logprobs: `(N,)` float32, log P_0(x_t | x_<t), nats.
+    base_correct: `(N,)` bool, whether the base's argmax is the target.
+    deferral_logits: `(N, K)` float32.
+    index: `(N, 2)` long, row and position of each target in `labels`.
+    """
+
+    features: Tensor
+    base_logprobs: Tensor
+    base_correct: Tensor
+    deferral_logits: Tensor
+    index: Tensor
+
+
+class _Chunk(NamedTuple):
+    base_logprobs: Tensor
+    deferral_logits: Tensor
+    base_correct: Tensor
+    features: Tensor
+
+
+class CoLLMForCausalLM(CollaborativeGenerationMixin):
+    """A causal language model that knows when to ask: the architecture's own class plus `deferral_head`.
+
+    Never instantiated by itself: use [`from_pretrained`], [`from_config`] or [`from_base`], which return an instance of
+    both this class and the architecture's (`LlamaForCausalLM`, ...).
+
+    Attributes:
+        deferral_head (`torch.nn.Linear`): features to K logits; float32 weights, evaluated in float32.
+        config.deferral ([`DeferralConfig`]): what the head sees, its assistants, threshold and calibration table.
+        training_statistics (`dict[str, torch.Tensor]`): sums over target tokens since they were last taken; see
+            [`take_training_statistics`].
+
+    Reference: Shen et al., *Learning to Decode Collaboratively with Multiple Language Models*, ACL 2024.
+    """
+
+    base_class: type[PreTrainedModel]  # the architecture's own class, set on each CoLLM<Base>
+    _keep_in_fp32_modules_strict = ["deferral_head"]
+
+    def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
+        if type(self) is CoLLMForCausalLM:
+            raise ConfigurationError(
+                "CoLLMForCausalLM is a mixin over an architecture's own class: call CoLLMForCausalLM.from_pretrained(name), "
+                "from_config(config) or from_base(model) instead of the class itself."
+            )
+        super().__init__(config, *args, **kwargs)
+        self._attach_head(config.deferral if hasattr(config, "deferral") else None)
+
+    def _attach_head(self, deferral: DeferralConfig | dict[str, Any] | None) -> None:
+        self.config.deferral = DeferralConfig.from_any(deferral)
+        lm_head = self.get_output_embeddings()
+        if lm_head is None or self.base_model is self:
+            raise UnsupportedModelError(
+                f"{self.base_class.__name__} has no LM head over a decoder (`{self.base_model_prefix}`): a deferral head "
+                "reads what the LM head reads. Take a decoder-only language model."
+            )
+        hidden_size = lm_head.in_features if isinstance(lm_head, nn.Linear) else lm_head.weight.shape[-1]
+        self.deferral_head = nn.Linear(
+            self.config.deferral.head_size(hidden_size),
+            self.config.deferral.num_assistants,
+            bias=self.config.deferral.bias,
+            dtype=torch.float32,
+            device=lm_head.weight.device,
+        )
+        self._init_weights(self.deferral_head)
+        self.training_statistics: dict[str, Tensor] = {}
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if module is not getattr(self, "deferral_head", None):
+            return super()._init_weights(module)
+        init.zeros_(module.weight)  # d = 0.5 everywhere until it is trained
+        if module.bias is not None:
+            init.zeros_(module.bias)
+
+    # ------------------------------------------------------------------------------------------------ construction
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str,
+        *args: Any,
+        num_assistants: int | None = None,
+        deferral: DeferralConfig | dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Load a deferral checkpoint, or any causal language model with a new head.
+
+        Args:
+            pretrained_model_name_or_path (`str`): Hub id or folder of: a causal language model (the head is new, zero,
+                so d = 0.5); a deferral checkpoint; a head-only or LoRA checkpoint of one, which names its base; or a
+                checkpoint of the paper's code, whose `<|defer|>` vocabulary row becomes the head.
+            num_assistants (`int`, *optional*): K of a new head, default 1. Given for a trained head, it must agree.
+            deferral ([`DeferralConfig`] or `dict`, *optional*): settings of a new head; for a trained head, fields that
+                do not change its shape (threshold, deferral_cost, ...) replace the saved ones.
+            kwargs: as in transformers' `from_pretrained` (`dtype`, `device_map`, `attn_implementation`,
+                `quantization_config`, `revision`, `token`, ...).
+
+        Returns:
+            An instance of `CoLLM<Base>`; with `output_loading_info=True` also transformers' dictionary.
+
+        Raises:
+            CheckpointError: nothing can be read there, a file is damaged, or the head has another K.
+            UnsupportedModelError: an encoder, an encoder-decoder, or no language model at all.
+        """
+        if cls is not CoLLMForCausalLM:
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)  # type: ignore[misc]
+        from .checkpoints import load_deferral_checkpoint  # it builds on this module
+
+        return load_deferral_checkpoint(
+            str(pretrained_model_name_or_path), *args, num_assistants=num_assistants, deferral=deferral, **kwargs
+        )
+
+    @classmethod
+    def from_config(
+        cls,
+        config: PreTrainedConfig,
+        num_assistants: int = 1,
+        deferral: DeferralConfig | dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Build a model with random weights and a zero head from an architecture's config (kwargs as in transformers)."""
+        config.deferral = DeferralConfig.from_any(deferral or {"num_assistants": num_assistants})
+        return collm_class(base_class_for(config))._from_config(config, **kwargs)
+
+    @classmethod
+    def from_base(
+        cls, model: PreTrainedModel, num_assistants: int = 1, deferral: DeferralConfig | dict[str, Any] | None = None
+    ) -> Any:
+        """Turn a loaded causal language model into a `CoLLM<Base>` in place: no copy, the same parameters, a new head."""
+        if isinstance(model, cls):
+            raise ConfigurationError("this model has a deferral head already.")
+        target = collm_class(base_class_for(model.config, type(model)))
+        model.__class__ = target
+        model._attach_head(deferral or {"num_assistants": num_assistants})
+        model._keep_in_fp32_modules_strict = {*(model._keep_in_fp32_modules_strict or ()), "deferral_head"}
+        return model
+
+    # ---------------------------------------------------------------------------------------------------- forward
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        assistant_logprobs: Tensor | None = None,
+        assistant_correct: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        output_logits: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """The architecture's own forward, plus the head; with `labels`, the loss of `config.deferral.objective`.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch, seq)`), attention_mask and kwargs: as for the base.
+            labels (`torch.LongTensor` of shape `(batch, seq)`, *optional*): target tokens, unshifted as everywhere in
+                transformers (labels[b, t] is predicted from what precedes t); -100 marks tokens that are no targets.
+            assistant_logprobs (`torch.FloatTensor` of shape `(batch, seq, K)`, *optional*): nats; entry [b, t] belongs
+                to labels[b, t]. Without it the loss is the base's own cross-entropy and the head learns nothing.
+            assistant_correct (`torch.BoolTensor` of shape `(batch, seq, K)`, *optional*): whether assistant k's argmax
+                is labels[b, t]; needed for the objective `"weak_supervision"`.
+            num_items_in_batch (`int` or `torch.Tensor`, *optional*): the loss's N, from the Trainer.
+            output_logits (`bool`, *optional*): with `labels`, also return the logits of all positions (otherwise they
+                never exist at once).
+
+        Returns:
+            The base's output with `deferral_logits` (`torch.FloatTensor` of shape `(batch, kept positions, K)`),
+            float32, for the positions of `logits`. With `labels`: `loss` of shape `()`, and `logits` and
+            `deferral_logits` are `None` unless `output_logits`.
+        """
+        return_dict = kwargs.pop("return_dict", None)
+        if labels is None:
+            with _inputs_of(self.get_output_embeddings()) as seen:
+                base = super().forward(input_ids, attention_mask=attention_mask, return_dict=True, **kwargs)  # type: ignore[misc]
+            outputs = _with_deferral(base, deferral_logits=self._deferral_logits(seen[0], base.logits))
+        else:
+            outputs = self._forward_with_loss(
+                input_ids, attention_mask, labels, assistant_logprobs, assistant_correct, num_items_in_batch,
+                output_logits, kwargs,
+            )  # fmt: skip
+        return outputs.to_tuple() if return_dict is False else outputs
+
+    def _forward_with_loss(
+        self, input_ids, attention_mask, labels, assistant_logprobs, assistant_correct, num_items_in_batch,
+        output_logits, kwargs,
+    ) -> ModelOutput:  # fmt: skip
+        # 1. Run the decoder; its LM head only on the last position, unless logits are asked for.
+        kwargs.setdefault("use_cache", False)
+        if not output_logits:
+            kwargs["logits_to_keep"] = 1
+        lm_head = self.get_output_embeddings()
+        with _output_of(self.base_model) as decoded, _inputs_of(lm_head) as seen:
+            base = super().forward(input_ids, attention_mask=attention_mask, return_dict=True, **kwargs)  # type: ignore[misc]
+
+        # 2. Score the targets chunk by chunk, and put their N numbers together.
+        targets = _targets(labels)
+        scores = self._score(decoded[0][0], labels, targets)
+        loss = self._loss(scores, *(_at(x, targets) for x in (assistant_logprobs, assistant_correct)), num_items_in_batch)
+
+        # 3. The load-balancing loss of a mixture of experts is the architecture's own, with its own weight.
+        if base.get("aux_loss") is not None and base.aux_loss is not None:
+            loss = loss + self.router_aux_loss_coef * base.aux_loss.to(loss.device)
+        if output_logits:
+            return _with_deferral(base, loss=loss, deferral_logits=self._deferral_logits(seen[0], base.logits))
+        return _with_deferral(base, loss=loss, logits=None)
+
+    def _loss(
+        self,
+        scores: _Chunk,
+        assistant_logprobs: Tensor | None,
+        assistant_correct: Tensor | None,
+        num_items_in_batch: Tensor | int | None,
+    ) -> Tensor:
+        deferral = self.config.deferral
+        if assistant_logprobs is None:
+            if self.training:
+                warnings.warn(
+                    "CoLLMForCausalLM got labels without assistant_logprobs: the loss is the base's own cross-entropy and "
+                    "the deferral head learns nothing. Score the data with `collm score` first.",
+                    stacklevel=4,
+                )
+            # The head takes part in the graph with gradient 0, as DDP and ZeRO require of every parameter.
+            return mean_over_targets(-scores.base_logprobs + 0 * scores.deferral_logits.sum(-1), num_items_in_batch)
+        if assistant_logprobs.shape[-1] != deferral.num_assistants:
+            raise ConfigurationError(
+                f"assistant_logprobs has {assistant_logprobs.shape[-1]} assistants in its last axis, the head has "
+                f"{deferral.num_assistants}: its shape must be (batch, seq, {deferral.num_assistants})."
+            )
+        if self.training:
+            self._record(scores, assistant_logprobs)
+        if deferral.objective == "weak_supervision":
+            if assistant_correct is None:
+                raise ConfigurationError("objective='weak_supervision' needs assistant_correct besides assistant_logprobs.")
+            writers = deferral_labels(scores.base_correct, assistant_correct, assistant_logprobs, "a")
+            return weak_supervision_loss(
+                scores.base_logprobs, scores.deferral_logits, writers, num_items_in_batch=num_items_in_batch
+            )
+        return marginal_likelihood_loss(
+            scores.base_logprobs, assistant_logprobs, scores.deferral_logits, deferral.deferral_cost, num_items_in_batch
+        )
+
+    @torch.no_grad()
+    def score_targets(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None, **kwargs: Any
+    ) -> TargetScores:
+        """Run the base over a batch and return, for each target token, what the head reads and what the base says.
+
+        Args:
+            input_ids, attention_mask, labels: as in [`forward`]; without `labels`, every token that the attention mask
+                keeps is a target, except the first of a row.
+
+        Returns:
+            [`TargetScores`]; the logits of all positions never exist at once.
+        """
+        if labels is None:
+            labels = input_ids if attention_mask is None else input_ids.masked_fill(attention_mask == 0, -100)
+        kwargs.setdefault("use_cache", False)
+        with _output_of(self.base_model) as decoded:
+            super().forward(input_ids, attention_mask=attention_mask, return_dict=True, logits_to_keep=1, **kwargs)  # type: ignore[misc]
+        scores = self._score(decoded[0][0], labels, _targets(labels), keep_features=True)
+        index = _targets(labels).nonzero() + torch.tensor([0, 1], device=labels.device)
+        return TargetScores(scores.features, scores.base_logprobs, scores.base_correct, scores.deferral_logits, index)
+
+    def _score(self, hidden: Tensor, labels: Tensor, targets: Tensor, keep_features: bool = False) -> _Chunk:
+        """Score target tokens in chunks of positions whose logits are computed again in backward.
+
+        hidden: `(batch, seq, H)` decoder output; targets: `(batch, seq - 1)` bool, position t predicts labels[:, t + 1].
+        """
+        hidden, tokens = hidden[:, :-1][targets], labels[:, 1:][targets].to(hidden.device)
+        size = max(1, LOGITS_PER_CHUNK // self.get_output_embeddings().weight.shape[0])
+        step = functools.partial(self._score_chunk, keep_features=keep_features)
+        if torch.is_grad_enabled():
+            step = functools.partial(checkpoint, step, use_reentrant=False, preserve_rng_state=False)
+        # An empty batch is one empty chunk: every parameter takes part in every backward, as DDP and ZeRO require.
+        chunks = [step(h, t) for h, t in zip(hidden.split(size), tokens.split(size), strict=True)] or [step(hidden, tokens)]
+        return _Chunk(*(torch.cat(column) for column in zip(*chunks, strict=True)))
+
+    def _score_chunk(self, hidden: Tensor, tokens: Tensor, keep_features: bool) -> _Chunk:
+        seen, logits = _run_lm_head(self, hidden.unsqueeze(0))
+        logits = logits[0].float()
+        features = self._features(seen[0], logits)
+        return _Chunk(
+            base_logprobs=-F.cross_entropy(logits, tokens, reduction="none"),
+            deferral_logits=self._head(features),
+            base_correct=logits.argmax(-1) == tokens,
+            features=features.detach() if keep_features else features.new_empty(0),
+        )
+
+    def _features(self, seen: Tensor, logits: Tensor) -> Tensor:
+        """f_t: what the LM head reads and/or the base's uncertainty, `(..., F)` float32."""
+        parts = []
+        if "hidden" in self.config.deferral.features:
+            parts.append(seen.float())
+        if "uncertainty" in self.config.deferral.features:
+            rows = logits.reshape(-1, logits.shape[-1]).split(max(1, LOGITS_PER_CHUNK // logits.shape[-1]))
+            parts.append(torch.cat([uncertainty_features(r) for r in rows]).view(*logits.shape[:-1], -1))
+        return torch.cat(parts, dim=-1)
+
+    def _head(self, features: Tensor) -> Tensor:
+        """z_t = W f_t in float32 with the uncertainty features standardised: `(..., K)`."""
+        with torch.autocast(features.device.type, enabled=False):
+            return self.deferral_head(self.standardise(features).to(self.deferral_head.weight.dtype)).float()
+
+    def standardise(self, features: Tensor) -> Tensor:
+        """Subtract `uncertainty_mean` and divide by `uncertainty_std` in the last four columns; `(..., F)` float32."""
+        deferral = self.config.deferral
+        if "uncertainty" not in deferral.features:
+            return features
+        hidden, numbers = features.split([features.shape[-1] - 4, 4], dim=-1)
+        mean, std = (features.new_tensor(x) for x in (deferral.uncertainty_mean, deferral.uncertainty_std))
+        return torch.cat([hidden, (numbers - mean) / std], dim=-1)
+
+    def _deferral_logits(self, seen: Tensor, logits: Tensor) -> Tensor:
+        return self._head(self._features(seen, logits))
+
+    # ----------------------------------------------------------------------------------------- training statistics
+
+    @torch.no_grad()
+    def _record(self, scores: _Chunk, assistant_logprobs: Tensor) -> None:
+        joint = log_joint(scores.base_logprobs, assistant_logprobs, scores.deferral_logits)
+        batch = {
+            "tokens": joint.new_tensor(len(joint)),
+            "base_nll": -scores.base_logprobs.sum(),
+            "assistant_nll": -assistant_logprobs.float().clamp_min(-1e4).sum(0),
+            "deferral_probability": torch.sigmoid(torch.logsumexp(scores.deferral_logits, -1)).sum(),
+            "posterior": joint.softmax(-1)[:, 1:].sum(0),
+        }
+        for name, value in batch.items():
+            self.training_statistics[name] = self.training_statistics.get(name, 0) + value
+
+    def take_training_statistics(self) -> dict[str, Tensor]:
+        """Return the sums over target tokens since the last call, and start anew.
+
+        Returns:
+            `dict`: `tokens` (), `base_nll` () and `assistant_nll` (K,) in nats, `deferral_probability` () and `posterior`
+            (K,), the share of each assistant in the posterior of who wrote the tokens; divide by `tokens`.
+        """
+        taken, self.training_statistics = self.training_statistics, {}
+        return taken
+
+
+# ------------------------------------------------------------------------------------------------- classes and helpers
+
+
+def base_class_for(config: PreTrainedConfig, given: type[PreTrainedModel] | None = None) -> type[PreTrainedModel]:
+    """The class that `AutoModelForCausalLM` takes for `config` (or `given`, where a model is loaded already).
+
+    Raises:
+        UnsupportedModelError: encoders, encoder-decoders, and architectures without a causal language model.
+    """
+    name = getattr(config, "model_type", type(config).__name__)
+    advice = "Take a decoder-only language model, one that AutoModelForCausalLM loads."
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(f'"{name}" is an encoder-decoder; deferral is defined for one stream of tokens. {advice}')
+    if given is not None:
+        return given
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UnsupportedModelError(f'"{name}" is not a causal language model. {advice}')
+    if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False):
+        raise UnsupportedModelError(f'"{name}" is an encoder: it sees the tokens that it should predict. {advice}')
+    classes = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    return classes[0] if isinstance(classes, (list, tuple)) else classes
+
+
+@functools.cache
+def collm_class(base_class: type[PreTrainedModel]) -> type[CoLLMForCausalLM]:
+    """`CoLLM<Base>`, built once for each architecture; it calls itself CoLLMForCausalLM in config.json."""
+
+    def forward(self: Any, input_ids: Tensor | None = None, **kwargs: Any) -> Any:
+        return CoLLMForCausalLM.forward(self, input_ids, **kwargs)
+
+    # transformers reads the signature: to validate generate's arguments, to keep a data set's columns, to pass positions.
+    ours = inspect.signature(CoLLMForCausalLM.forward).parameters
+    theirs = inspect.signature(base_class.forward).parameters
+    merged = {**{n: p for n, p in theirs.items() if n not in ours}, **ours}
+    forward.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [p.replace(kind=p.KEYWORD_ONLY) if n not in ("self", "input_ids", "kwargs") else p for n, p in _ordered(merged)]
+    )
+    namespace = {
+        "__module__": __name__,
+        "__qualname__": f"CoLLM{base_class.__name__}",
+        "__doc__": CoLLMForCausalLM.__doc__,
+        "forward": forward,
+        "base_class": base_class,
+        "_keep_in_fp32_modules_strict": [*(base_class._keep_in_fp32_modules_strict or []), "deferral_head"],
+    }
+    return type("CoLLMForCausalLM", (CoLLMForCausalLM, base_class), namespace)  # type: ignore[return-value]
+
+
+def _ordered(parameters: dict[str, inspect.Parameter]) -> list[tuple[str, inspect.Parameter]]:
+    rank = {"self": 0, "input_ids": 1, "kwargs": 3}
+    return sorted(parameters.items(), key=lambda item: rank.get(item[0], 2))
+
+
+def __getattr__(name: str) -> Any:
+    """Find `CoLLM<Base>` by name, so that models can be pickled (data loaders, multiprocessing)."""
+    base_name = name.removeprefix("CoLLM")
+    for classes in MODEL_FOR_CAUSAL_LM_MAPPING.values() if base_name != name else ():
+        for candidate in classes if isinstance(classes, (list, tuple)) else [classes]:
+            if candidate.__name__ == base_name:
+                return collm_class(candidate)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+@functools.cache
+def _output_class(base: type[ModelOutput]) -> type[ModelOutput]:
+    return dataclasses.make_dataclass(
+        f"CoLLM{base.__name__}",
+        [("deferral_logits", "torch.Tensor | None", dataclasses.field(default=None))],
+        bases=(base,),
+        namespace={"__module__": __name__},
+    )
+
+
+def _with_deferral(base: ModelOutput, **values: Any) -> Any:
+    return _output_class(type(base))(**{**base, **values})
+
+
+def _targets(labels: Tensor) -> Tensor:
+    """`(batch, seq - 1)` bool: whether position t predicts a target, labels[:, t + 1] != -100."""
+    return labels[:, 1:] != -100
+
+
+def _at(values: Tensor | None, targets: Tensor) -> Tensor | None:
+    return None if values is None else values[:, 1:][targets.to(values.device)]
+
+
+@contextmanager
+def _inputs_of(module: nn.Module) -> Iterator[list[Tensor]]:
+    """Collect the first argument of every call of `module`: for the LM head, h_t."""
+    seen: list[Tensor] = []
+    handle = module.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _output_of(module: nn.Module) -> Iterator[list[Any]]:
+    seen: list[Any] = []
+    handle = module.register_forward_hook(lambda _, __, output: seen.append(output))
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+class _Decoded:
+    """Stands for a model whose decoder has run: its own forward then computes LM head, capping and scaling alone."""
+
+    def __init__(self, model: PreTrainedModel, hidden: Tensor) -> None:
+        self._model = model
+        output = _DecoderOutput(last_hidden_state=hidden)
+        setattr(self, model.base_model_prefix, _Answer(model.base_model, output))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+
+class _Answer:
+    def __init__(self, decoder: nn.Module, output: ModelOutput) -> None:
+        self._decoder, self._output = decoder, output
+
+    def __call__(self, *args: Any, **kwargs: Any) -> ModelOutput:
+        return self._output
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._decoder, name)
+
+
+class _DecoderOutput(MoeModelOutputWithPast):
+    """A decoder output whose fields other than the hidden state are `None`, whatever the architecture calls them."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return None
+
+
+@functools.cache
+def _architecture_forward(model_class: type) -> tuple[Any, dict[str, Any]]:
+    forward = model_class.base_class.forward if issubclass(model_class, CoLLMForCausalLM) else model_class.forward
+    asked = {"use_cache": False, "output_router_logits": False}
+    return forward, {name: value for name, value in asked.items() if name in inspect.signature(forward).parameters}
+
+
+def _run_lm_head(model: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    forward, arguments = _architecture_forward(type(model))
+    with _inputs_of(model.get_output_embeddings()) as seen:
+        output = forward(_Decoded(model, hidden), inputs_embeds=hidden, return_dict=True, **arguments)
+    return seen[0], output.logits
+
+
+def lm_head_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """Logits of any causal language model from its decoder's output, by the architecture's own code.
+
+    Runs the model's `forward` with the decoder replaced by `hidden`, so that the LM head and whatever the architecture
+    does to its logits (soft-capping, scaling) are exactly its own, on as many positions as fit in memory.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): with or without a deferral head.
+        hidden (`torch.Tensor` of shape `(batch, positions, hidden)`): `last_hidden_state` of `model.base_model`.
+
+    Returns:
+        `torch.Tensor` of shape `(batch, positions, vocabulary)`, in the model's dtype.
+    """
+    return _run_lm_head(model, hidden)[1]
