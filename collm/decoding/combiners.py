@@ -80,7 +80,6 @@ def contrastive(context: CombiningContext, alpha: float = 0.1, beta: float = 0.5
     """
     expert, amateur = context.assistant_logprobs, context.base_logprobs
     plausible = expert >= expert.amax(dim=-1, keepdim=True) + math.log(alpha)
-    # A token that the base's padding rules out must not become infinitely attractive: -inf - -inf never happens here.
     return torch.where(plausible, (1 + beta) * expert - beta * amateur, -torch.inf)
 
 

@@ -47,10 +47,8 @@ def parse_spec(kind: str, spec: Spec, registry: Mapping[str, Callable[..., Any]]
             )
     missing = [p.name for p in known if p.default is p.empty and p.name not in parameters]
     if missing:
-        raise ConfigurationError(
-            f'The {kind} "{name}" needs {", ".join(missing)}: for example '
-            f'{{"name": "{name}", {", ".join(f'"{m}": ...' for m in missing)}}}.'
-        )
+        example = {"name": name, **dict.fromkeys(missing, "...")}
+        raise ConfigurationError(f'The {kind} "{name}" needs {", ".join(missing)}: for example {json.dumps(example)}.')
     return function, parameters
 
 
