@@ -101,7 +101,9 @@ def scheduled(context: RoutingContext, shape: str = "linear", steps: int = 32) -
             f'shape is "{shape}"; allowed are {", ".join(SCHEDULES)}.{did_you_mean(shape, SCHEDULES)}'
         )
     if context.step is None:
-        raise ConfigurationError("The scheduled router needs the step of each token, which this engine does not hand out.")
+        raise ConfigurationError(
+            "The scheduled router needs the step of each token, which this engine does not hand out."
+        )
     progress = (context.step.float() / max(steps, 1)).clamp(max=1.0)
     threshold = context.threshold + (1 - context.threshold) * SCHEDULES[shape](progress)
     return context.ask_where(context.deferral_probs > threshold)
@@ -147,7 +149,9 @@ def sampled(context: RoutingContext) -> Tensor:
 
 def _uniform(context: RoutingContext) -> Tensor:
     if context.uniform is None:
-        raise ConfigurationError("This router needs a random number for each token, which this engine does not hand out.")
+        raise ConfigurationError(
+            "This router needs a random number for each token, which this engine does not hand out."
+        )
     return context.uniform
 
 
