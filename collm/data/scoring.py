@@ -254,8 +254,8 @@ def load_scored(
     scores = json.loads(file.read_text(encoding="utf-8"))
     if tokenizer is not None and tokenizer_fingerprint(load_tokenizer(tokenizer)) != scores["tokenizer"]:
         raise ScoreMismatchError(
-            f"{path} was scored with another tokenizer ({_brief(scores['tokenizer'])}) than the model's; score the data "
-            "again with the model's tokenizer."
+            f"{path} was scored with another tokenizer ({_brief(scores['tokenizer'])}) than the model's; score the "
+            "data again with the model's tokenizer."
         )
     return load_from_disk(str(path)), scores
 
