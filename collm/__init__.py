@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 _EXPORTS: dict[str, str] = {
     "CoLLMForCausalLM": "modeling",
     "DeferralConfig": "configuration",
+    "ZInitializationCallback": "training.zinit",
     "deferral_labels": "losses",
     "marginal_likelihood_loss": "losses",
     "weak_supervision_loss": "losses",
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from .configuration import DeferralConfig
     from .losses import deferral_labels, marginal_likelihood_loss, weak_supervision_loss
     from .modeling import CoLLMForCausalLM
+    from .training.zinit import ZInitializationCallback
 
 
 def __getattr__(name: str) -> Any:

@@ -342,7 +342,7 @@ class CoLLMForCausalLM(CollaborativeGenerationMixin):
             parts.append(seen.float())
         if "uncertainty" in self.config.deferral.features:
             rows = logits.reshape(-1, logits.shape[-1]).split(max(1, LOGITS_PER_CHUNK // logits.shape[-1]))
-            parts.append(torch.cat([uncertainty_features(r) for r in rows]).view(*logits.shape[:-1], -1))
+            parts.append(torch.cat([uncertainty_features(r) for r in rows]).view(*logits.shape[:-1], 4))
         return torch.cat(parts, dim=-1)
 
     def _head(self, features: Tensor) -> Tensor:
