@@ -1,0 +1,302 @@
+r"""
+Task metrics: what a generated text is worth, and which answer was read out of it.
+
+A metric is `metric(row, text, truncated) -> Score`: `row` the problem as in the data file, `text` what was generated,
+`truncated` whether generation stopped at its length limit. The first value of a score is the metric's headline.
+
+A truncated text has no final answer unless it says so explicitly (`#### 18`, `\boxed{18}`, "the answer is 18"): the
+last number of a text cut off in the middle is not an answer that happens to be right or wrong.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+import string
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
+from pathlib import Path
+from typing import Any
+
+from collm.errors import ConfigurationError, DataFormatError, did_you_mean
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Score:
+    """
+    Args:
+        values (`dict[str, float]`): metric names to values in [0, 1]; the first is the headline.
+        answer (`str`, *optional*): the answer as read from the text; None where none could be read ("unparsable").
+    """
+
+    values: dict[str, float]
+    answer: str | None = None
+
+
+Metric = Callable[[Row, str, bool], Score]
+
+
+def gsm8k(row: Row, text: str, truncated: bool = False) -> Score:
+    """
+    GSM8K: 1 if the final number equals the reference's (`#### 18` in `row["answer"]`).
+
+    The answer is the last of `#### number`, `\\boxed{...}` and "answer is ..."; else, in a text that is complete, its
+    last number. A `#` elsewhere (a heading, "#### Step 2") is no answer.
+    """
+    gold = number_answer(str(row["answer"]))
+    if gold is None:
+        raise DataFormatError(f"GSM8K needs a number in `answer`; got {row['answer']!r}")
+    answer = number_answer(text, explicit_only=truncated)
+    return Score({"accuracy": float(answer is not None and same_answer(gold, answer))}, answer)
+
+
+def math(row: Row, text: str, truncated: bool = False) -> Score:
+    """
+    MATH: 1 if the final answer is mathematically the reference's, by math-verify (exact algebra on parsed LaTeX).
+
+    The reference is the last `\\boxed{}` of `row["solution"]` (of `row["answer"]` where there is no solution). The
+    answer is the text's last `\\boxed{}` or "answer is ..."; else, in a complete text, the last formula that
+    math-verify reads.
+    """
+    gold = boxed(str(row.get("solution", ""))) or row.get("answer")
+    if gold is None:
+        raise DataFormatError("MATH needs `solution` with a \\boxed{} answer, or `answer`")
+    answer = boxed(text) or stated(text)
+    if answer is not None or truncated:
+        return Score({"accuracy": float(answer is not None and same_answer(str(gold), answer))}, answer)
+    formulas = _parse(text)  # the last formula, as an expression and as a string
+    if not formulas:
+        return Score({"accuracy": 0.0}, None)
+    return Score({"accuracy": float(_verified(str(gold), formulas))}, str(formulas[-1]))
+
+
+def bioasq(row: Row, text: str, truncated: bool = False) -> Score:
+    """
+    BioASQ (task B), by `row["type"]`; the values that a question type does not have are absent from its score.
+
+    - yesno: `yesno_accuracy`.
+    - factoid: candidates in order, up to five; `factoid_mrr`, `factoid_lenient` (any of them), `factoid_strict` (the
+    first). - list: `list_f1`, with `list_precision` and `list_recall`; each reference item counts once, under any of
+    its synonyms. - summary: `rouge2` and `rougeL` (F measure, the best of the references).
+
+    An answer stands at the beginning of the text: "yes" or "no", or one item per line, as bullets or numbers where
+    there are several; what follows after them is explanation.
+    """
+    kind = row["type"]
+    if kind == "yesno":
+        gold = _flat(row["exact_answer"])[0].lower()
+        found = re.match(r"\W*(yes|no)\b", text, re.IGNORECASE)
+        answer = found.group(1).lower() if found else None
+        return Score({"yesno_accuracy": float(answer == gold)}, answer)
+    if kind == "factoid":
+        synonyms = {normalised(name) for name in _flat(row["exact_answer"])}
+        candidates = items(text)[:5]
+        ranks = [rank for rank, candidate in enumerate(candidates, 1) if normalised(candidate) in synonyms]
+        values = {
+            "factoid_mrr": 1 / ranks[0] if ranks else 0.0,
+            "factoid_lenient": float(bool(ranks)),
+            "factoid_strict": float(ranks[:1] == [1]),
+        }
+        return Score(values, "; ".join(candidates) or None)
+    if kind == "list":
+        references = [{normalised(name) for name in _flat(item)} for item in row["exact_answer"]]
+        found_items = items(text, several=True)
+        unmatched = list(references)
+        for item in found_items:
+            match = next((r for r in unmatched if normalised(item) in r), None)
+            if match is not None:
+                unmatched.remove(match)
+        hits = len(references) - len(unmatched)
+        precision = hits / len(found_items) if found_items else 0.0
+        recall = hits / len(references) if references else 0.0
+        f1 = 2 * precision * recall / (precision + recall) if hits else 0.0
+        values = {"list_f1": f1, "list_precision": precision, "list_recall": recall}
+        return Score(values, "; ".join(found_items) or None)
+    if kind == "summary":
+        return Score(rouge(_flat(row["ideal_answer"]), text), text.strip() or None)
+    raise DataFormatError(f'BioASQ has no question type "{kind}"; it has yesno, factoid, list and summary')
+
+
+def exact_match(row: Row, text: str, truncated: bool = False) -> Score:
+    """1 if the text is the reference (`row["answer"]`, else `row["completion"]`) but for case, articles and
+    punctuation."""
+    gold = row.get("answer", row.get("completion"))
+    if gold is None:
+        raise DataFormatError("exact_match needs a column `answer` or `completion`")
+    answer = text.strip()
+    return Score({"exact_match": float(normalised(answer) == normalised(str(gold)))}, answer or None)
+
+
+METRICS: dict[str, Metric] = {"gsm8k": gsm8k, "math": math, "bioasq": bioasq, "exact_match": exact_match}
+
+
+def get_metric(name: str | Metric) -> Metric:
+    """
+    The metric of that name, or a user's own as `"module:function"` (the current folder is searched too).
+
+    A user's function takes `(row, text)` and returns a bool, a number, a dict of numbers or a [`Score`]; returning None
+    says that no answer could be read.
+
+    Raises:
+        [`ConfigurationError`]: no such name, module or function.
+    """
+    if callable(name):
+        return name
+    if name in METRICS:
+        return METRICS[name]
+    if ":" not in name:
+        allowed = ", ".join(METRICS)
+        raise ConfigurationError(
+            f'There is no metric "{name}"; there are {allowed}, or your own as "module:function".'
+            f"{did_you_mean(name, METRICS)}"
+        )
+    module_name, function_name = name.split(":", 1)
+    folder = str(Path.cwd())
+    sys.path.insert(0, folder)
+    try:
+        function = getattr(importlib.import_module(module_name), function_name)
+    except (ImportError, AttributeError) as error:
+        raise ConfigurationError(f'the metric "{name}" cannot be imported: {error}') from error
+    finally:
+        sys.path.remove(folder)
+    return _user_metric(function, function_name)
+
+
+def _user_metric(function: Callable[[Row, str], Any], name: str) -> Metric:
+    def metric(row: Row, text: str, truncated: bool = False) -> Score:
+        result = function(row, text)
+        if isinstance(result, Score):
+            return result
+        if result is None:
+            return Score({name: 0.0}, None)
+        if isinstance(result, Mapping):
+            return Score({str(key): float(value) for key, value in result.items()}, text)
+        return Score({name: float(result)}, text)
+
+    return metric
+
+
+# --- reading answers -------------------------------------------------------------------------------------------------
+
+NUMBER = r"-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|-?\.\d+"
+# `#### 18`, `#### $1,200.50`, `#### 18 eggs` on a line of its own; `#### 2. Next step` is a heading.
+HASHES = re.compile(rf"^.*?####\s*[$€£]?\s*({NUMBER})\s*%?\s*(?:[A-Za-z]+)?\s*\.?\s*(?:<\|.*)?$", re.MULTILINE)
+STATED = re.compile(r"\banswer(?:\s+is|\s*:|\s*=)(?:\s*:)?\s*([^\n]+)", re.IGNORECASE)
+
+
+def number_answer(text: str, explicit_only: bool = False) -> str | None:
+    """The final number of a solution, without thousands separators; an expression where `\\boxed{}` holds one."""
+    explicit = [(match.end(), match.group(1)) for match in HASHES.finditer(text)]
+    if (content := boxed(text)) is not None:
+        explicit.append((text.rindex("boxed"), content))
+    for match in STATED.finditer(text):
+        numbers = re.findall(NUMBER, match.group(1).split(". ")[0])
+        if numbers:
+            explicit.append((match.end(), numbers[-1]))
+    if explicit:
+        return _plain(max(explicit)[1])
+    numbers = [] if explicit_only else re.findall(NUMBER, text)
+    return _plain(numbers[-1]) if numbers else None
+
+
+def boxed(text: str) -> str | None:
+    """Content of the last complete `\\boxed{...}` (braces balanced) or `\\fbox{...}`; None where there is none."""
+    for match in reversed(list(re.finditer(r"\\f?boxed\s*\{|\\fbox\s*\{", text))):
+        depth = 1
+        for position in range(match.end(), len(text)):
+            depth += {"{": 1, "}": -1}.get(text[position], 0)
+            if depth == 0:
+                return text[match.end() : position].strip() or None
+    return None
+
+
+def stated(text: str) -> str | None:
+    """What follows the last "answer is" or "answer:" on its line, without the full stop."""
+    matches = STATED.findall(text)
+    return matches[-1].strip().rstrip(".").strip() or None if matches else None
+
+
+def items(text: str, several: bool = False) -> list[str]:
+    """
+    The items at the beginning of a text: its leading bulleted or numbered lines; else its first line, cut at commas,
+    semicolons and "and" where `several` items are expected.
+    """
+    lines = text.strip().splitlines()
+    found = []
+    for line in lines:
+        bullet = re.match(r"\s*(?:[-*•]|\d+[.)])\s+(.*\S)", line)
+        if bullet is None:
+            break
+        found.append(bullet.group(1).rstrip("."))
+    if found or not lines:
+        return found
+    first = lines[0].strip().rstrip(".")
+    parts = re.split(r"\s*[;,]\s*(?:and\s+)?|\s+and\s+", first) if several else [first]
+    return [part for part in parts if part]
+
+
+def normalised(text: str) -> str:
+    """Lower case, without punctuation and articles, single spaces (SQuAD's normalisation)."""
+    text = "".join(c for c in text.lower() if c not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+def same_answer(gold: str, answer: str) -> bool:
+    """Whether two answers are the same: as decimal numbers, as strings, else by math-verify."""
+    first, second = _decimal(gold), _decimal(answer)
+    if first is not None and second is not None:
+        return first == second
+    if re.sub(r"\s", "", gold) == re.sub(r"\s", "", answer):
+        return True
+    return _verified(gold, _parse(f"\\boxed{{{answer}}}"))
+
+
+def rouge(references: Sequence[str], text: str) -> dict[str, float]:
+    """ROUGE-2 and ROUGE-L (F measure, stemmed) against the best reference."""
+    from rouge_score.rouge_scorer import RougeScorer
+
+    names = ("rouge2", "rougeL")
+    scores = [RougeScorer(names, use_stemmer=True).score(reference, text) for reference in references]
+    return {name: max((score[name].fmeasure for score in scores), default=0.0) for name in names}
+
+
+def _verified(gold: str, answer: list[Any]) -> bool:
+    from math_verify import verify
+
+    return bool(answer) and verify(_parse(f"\\boxed{{{gold}}}"), answer, timeout_seconds=_time_limit())
+
+
+def _parse(text: str) -> list[Any]:
+    from math_verify import parse
+
+    return parse(text, parsing_timeout=_time_limit())
+
+
+def _time_limit() -> int | None:
+    # math-verify's time limit is a signal, which only the main thread can have.
+    return 5 if threading.current_thread() is threading.main_thread() else None
+
+
+def _plain(number: str) -> str:
+    return number.replace(",", "") if re.fullmatch(NUMBER, number) else number
+
+
+def _decimal(text: str) -> Decimal | None:
+    text = re.sub(r"(?<=\d),(?:\\!)?(?=\d{3}(?!\d))", "", text)  # thousands: "1,2" is a list, "1,200" a number
+    text = re.sub(r"\\[$%!,;]|\\text\{[^}]*\}|[$€£%\s]", "", text).rstrip(".")
+    try:
+        return Decimal(text) if re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)", text) else None
+    except InvalidOperation:
+        return None
+
+
+def _flat(answer: Any) -> list[str]:
+    """All phrasings of an answer, however deeply a release of the challenge nests them."""
+    if isinstance(answer, str):
+        return [answer.strip()]
+    return [name for part in answer for name in _flat(part)]

@@ -1,0 +1,249 @@
+"""
+Evaluation of one way to write texts: prompts in, generations kept on disk, metrics with intervals out.
+
+1. [`make_problems`]: rows of a data file become token ids of prompts.
+2. [`generate_all`]: a [`Writer`] writes what the store does not hold yet, in batches of similar length.
+3. [`summarise`]: every text is scored; truncated and unparsable ones are counted apart.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import fmean
+from typing import Any
+
+import torch
+
+from collm.data.chat import Chat, bos, encode, message
+from collm.data.tasks import get_task
+from collm.errors import DataFormatError
+from collm.evaluation.generations import Generation, GenerationStore
+from collm.evaluation.intervals import bootstrap_interval, wilson_interval
+from collm.evaluation.metrics import Metric, Score
+
+Writer = Callable[[list["Problem"]], list[Generation]]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """
+    Args:
+        id (`int`): number of the row.
+        row (mapping): the row as in the data, for the metric.
+        prompt (`str`): the question, for reports.
+        prompt_ids (`list[int]`): what the models read.
+    """
+
+    id: int
+    row: Mapping[str, Any]
+    prompt: str
+    prompt_ids: list[int]
+
+
+def make_problems(
+    rows: Iterable[Mapping[str, Any]],
+    tokenizer: Any,
+    task: str | Callable[[dict], dict] | None = None,
+    instruction: str | None = None,
+    system_prompt: str | None = None,
+    chat_template: str | None = None,
+) -> list[Problem]:
+    """
+    Prompts of a data set, as training formats them.
+
+    A row has `prompt` (a string or a list of messages), or `messages` whose last turn is the reference, or the columns
+    of
+    `task`. Strings become one turn of a conversation where there is a chat template.
+
+    Args:
+        instruction (`str`, *optional*): appended to the question after a blank line.
+        system_prompt (`str`, *optional*): the conversation's system message.
+
+    Raises:
+        [`DataFormatError`]: a row has none of these columns.
+    """
+    convert = get_task(task) if task is not None else dict
+    chat = Chat(tokenizer, chat_template)
+    problems = []
+    for number, row in enumerate(rows):
+        try:
+            row = json.loads(row["bioasq"]) if "bioasq" in row else dict(row)
+            made = convert(row)
+            asked = made["messages"][:-1] if "messages" in made else made["prompt"]
+        except KeyError as error:
+            raise DataFormatError(
+                f"Row {number} has no {error}: it needs prompt, messages, or a task's columns"
+            ) from error
+        if isinstance(asked, str):
+            asked = f"{asked}\n\n{instruction}" if instruction else asked
+            if not chat.template:
+                problems.append(Problem(number, row, asked, bos(tokenizer) + encode(tokenizer, asked)))
+                continue
+            asked = [message("user", asked)]
+        if system_prompt is not None:
+            asked = [message("system", system_prompt), *[m for m in asked if m["role"] != "system"]]
+        ids = encode(tokenizer, chat.render(asked, add_generation_prompt=True))
+        problems.append(Problem(number, row, asked[-1]["content"], ids))
+    return problems
+
+
+@dataclass
+class ModelWriter:
+    """
+    Writes with transformers: alone, or collaboratively where there are assistants.
+
+    Args:
+        model (`PreTrainedModel`): the base with its head, or any causal language model when alone.
+        tokenizer (`PreTrainedTokenizerBase`): the base's.
+        assistants (`list[PreTrainedModel]`, *optional*): the models to ask.
+        options (`dict`): arguments of `generate`: `threshold`, `deferral_rate`, `router`, `combiner`, `do_sample`, ...
+        max_new_tokens (`int`, *optional*, defaults to 512): length limit.
+        seed (`int`, *optional*, defaults to 0): of sampling and of routers that draw.
+    """
+
+    model: Any
+    tokenizer: Any
+    assistants: Sequence[Any] = ()
+    options: dict[str, Any] = field(default_factory=dict)
+    max_new_tokens: int = 512
+    seed: int = 0
+
+    @torch.inference_mode()
+    def __call__(self, problems: list[Problem]) -> list[Generation]:
+        started = time.perf_counter()
+        inputs = left_padded([problem.prompt_ids for problem in problems], self._pad, self.model.device)
+        torch.manual_seed(self.seed + problems[0].id)
+        options = {"max_new_tokens": self.max_new_tokens, "do_sample": False, "pad_token_id": self._pad, **self.options}
+        if not options["do_sample"]:
+            options |= {"temperature": None, "top_p": None, "top_k": None}  # an instruct model's defaults for sampling
+        if self.assistants:
+            options["assistant"] = list(self.assistants)
+        output = self.model.generate(**inputs, **options, return_dict_in_generate=True)
+        seconds = (time.perf_counter() - started) / len(problems)
+        new = output.sequences[:, inputs["input_ids"].shape[1] :].tolist()
+        if self.assistants:
+            source, probabilities = output.source.tolist(), output.deferral_probs.tolist()
+        else:
+            source, probabilities = [[0] * len(row) for row in new], [[] for _ in new]
+        return [
+            self._generation(problem, *parts, seconds)
+            for problem, *parts in zip(problems, new, source, probabilities, strict=True)
+        ]
+
+    def _generation(
+        self, problem: Problem, ids: list[int], source: list[int], probabilities: list[float], seconds: float
+    ) -> Generation:
+        end = next((t + 1 for t, token in enumerate(ids) if token in self._eos), None)
+        length = end if end is not None else sum(writer >= 0 for writer in source)
+        text = self.tokenizer.decode(ids[:length], skip_special_tokens=True)
+        return Generation(
+            problem.id, text, ids[:length], source[:length], probabilities[:length], end is None, round(seconds, 4)
+        )
+
+    @property
+    def _eos(self) -> set[int]:
+        eos = self.model.generation_config.eos_token_id
+        eos = self.tokenizer.eos_token_id if eos is None else eos
+        return set(eos) if isinstance(eos, list) else {eos}
+
+    @property
+    def _pad(self) -> int:
+        return self.tokenizer.eos_token_id if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
+
+
+def left_padded(rows: Sequence[Sequence[int]], pad: int, device: Any = "cpu") -> dict[str, torch.Tensor]:
+    """`input_ids` and `attention_mask` `(rows, longest)`, padded on the left."""
+    width = max(map(len, rows))
+    ids = torch.tensor([[pad] * (width - len(row)) + list(row) for row in rows], device=device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def generate_all(
+    writer: Writer,
+    problems: Sequence[Problem],
+    store: GenerationStore | None = None,
+    batch_size: int = 8,
+    description: str = "generating",
+) -> list[Generation]:
+    """
+    Generations of all problems, in their order; those that the store holds are not generated again.
+
+    Batches join prompts of similar length; a progress bar goes to standard error.
+    """
+    from tqdm.auto import tqdm
+
+    store = store or GenerationStore(None, {})
+    missing = sorted((p for p in problems if p.id not in store.done), key=lambda p: -len(p.prompt_ids))
+    with tqdm(
+        total=len(problems), initial=len(problems) - len(missing), desc=description, unit="text", disable=None
+    ) as bar:
+        for start in range(0, len(missing), batch_size):
+            batch = missing[start : start + batch_size]
+            store.add(writer(batch))
+            bar.update(len(batch))
+    return [store.done[problem.id] for problem in problems]
+
+
+def summarise(
+    problems: Sequence[Problem],
+    generations: Sequence[Generation],
+    metric: Metric,
+    parameters: Sequence[int] = (),
+) -> dict[str, Any]:
+    """
+    Scores with 95% intervals, and what they cost.
+
+    Args:
+        metric (`Metric`): from [`get_metric`].
+        parameters (sequence of `int`, *optional*): parameters of the base and of each assistant.
+
+    Returns:
+        `dict`: "metrics" (name to mean, low, high, n; Wilson's interval where all values are 0 or 1, else a bootstrap),
+        "headline" (the first metric's name), "problems", "truncated" and "unparsable" (counts; a text can be both),
+        "tokens", "deferral_rate" (assistants' tokens over all tokens), "deferral_rates" (by assistant),
+        "seconds_per_token", "active_parameters" (base + sum of rate times assistant, per generated token), and
+        "records", one per problem.
+    """
+    scores = [metric(p.row, g.text, g.truncated) for p, g in zip(problems, generations, strict=True)]
+    names = list(dict.fromkeys(name for score in scores for name in score.values))
+    metrics = {name: _mean([score.values[name] for score in scores if name in score.values]) for name in names}
+    tokens = sum(len(g.token_ids) for g in generations) or 1
+    count = max([len(parameters) - 1, 0, *(writer for g in generations for writer in g.source)])
+    rates = [sum(g.source.count(k) for g in generations) / tokens for k in range(1, count + 1)]
+    return {
+        "headline": names[0] if names else None,
+        "metrics": metrics,
+        "problems": len(problems),
+        "truncated": sum(g.truncated for g in generations),
+        "unparsable": sum(score.answer is None for score in scores),
+        "tokens": sum(len(g.token_ids) for g in generations),
+        "deferral_rate": sum(rates),
+        "deferral_rates": rates,
+        "seconds_per_token": sum(g.seconds for g in generations) / tokens,
+        "active_parameters": (
+            parameters[0] + sum(r * p for r, p in zip(rates, parameters[1:], strict=False)) if parameters else None
+        ),
+        "records": [
+            {"id": g.id, **_record(score), "truncated": g.truncated, "tokens": len(g.token_ids), "deferred": g.deferred}
+            for g, score in zip(generations, scores, strict=True)
+        ],
+    }
+
+
+def headline_scores(summary: Mapping[str, Any]) -> list[float]:
+    """The headline metric per problem (0 for a problem whose kind has other metrics): what paired comparisons take."""
+    return [record["scores"].get(summary["headline"], 0.0) for record in summary["records"]]
+
+
+def _record(score: Score) -> dict[str, Any]:
+    return {"scores": score.values, "answer": score.answer}
+
+
+def _mean(values: list[float]) -> dict[str, Any]:
+    binary = all(value in (0.0, 1.0) for value in values)
+    low, high = wilson_interval(sum(values), len(values)) if binary else bootstrap_interval(values)
+    return {"mean": fmean(values), "low": low, "high": high, "n": len(values)}

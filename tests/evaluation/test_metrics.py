@@ -1,0 +1,178 @@
+from __future__ import annotations
+
+import pytest
+
+from collm.errors import ConfigurationError, DataFormatError
+from collm.evaluation import metrics
+from collm.evaluation.metrics import bioasq, boxed, get_metric, gsm8k, items, math, number_answer, same_answer
+
+REFERENCE = "She has 3 * 6 = <<3*6=18>>18.\n#### 18"
+
+
+def gsm8k_accuracy(text: str, truncated: bool = False) -> float:
+    return gsm8k({"answer": REFERENCE}, text, truncated).values["accuracy"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "3 * 6 = 18\n#### 18",
+        "#### $18.00",
+        "#### 18 dollars.",
+        "#### 18<|im_end|>",
+        "first #### 17\nno, #### 18",
+        "so \\boxed{18} eggs, on 2 days",
+        "so \\(\\boxed{\\$18}\\)",
+        "\\boxed{\\frac{36}{2}}",
+        "The answer is 18. It took 5 steps",
+        "Answer: $18",
+        "**Final answer: 18**",
+        "In total she has 18.",
+        "In total she makes $18 every day.",
+    ],
+)
+def test_gsm8k_reads_the_answer(text):
+    assert gsm8k_accuracy(text) == 1.0
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "#### 19",
+        "# 18 is not it\nthe answer is 7",
+        "18\n#### 2. Next step\n7",
+        "\\boxed{180}",
+        "She has 18 of 20.",
+        "",
+        "no number",
+        "-18",
+        "1,800",
+    ],
+)
+def test_gsm8k_is_not_fooled(text):
+    assert gsm8k_accuracy(text) == 0.0
+
+
+def test_stray_hashes_do_not_count_as_an_answer():
+    assert number_answer("####") is None
+    assert number_answer("#### Step 18", explicit_only=True) is None
+    assert number_answer("# 18", explicit_only=True) is None
+
+
+def test_truncated_text_has_only_the_answer_that_it_states():
+    assert gsm8k_accuracy("6 hens lay 18", truncated=False) == 1.0
+    cut = gsm8k({"answer": REFERENCE}, "6 hens lay 18", truncated=True)
+    assert cut.values == {"accuracy": 0.0}
+    assert cut.answer is None
+    assert gsm8k_accuracy("#### 18\nand then she", truncated=True) == 1.0
+
+
+def test_gsm8k_refuses_a_reference_without_a_number():
+    with pytest.raises(DataFormatError, match="number"):
+        gsm8k({"answer": "none"}, "1")
+
+
+@pytest.mark.parametrize(
+    ("gold", "answer", "same"),
+    [
+        ("1200", "1,200", True),
+        ("12", "1,2", False),
+        ("0.5", "\\frac{1}{2}", True),
+        ("\\frac{14}{3}", "14/3", True),
+        ("(3, \\frac{\\pi}{2})", "\\left(3,\\frac{\\pi}{2}\\right)", True),
+        ("x^2 - 1", "(x-1)(x+1)", True),
+        ("x^2 - 1", "(x-1)(x+2)", False),
+        ("\\text{Evelyn}", "Evelyn", True),
+        ("50\\%", "50", True),
+        ("10{,}000", "10000", True),
+    ],
+)
+def test_same_answer(gold, answer, same):
+    assert same_answer(gold, answer) is same
+
+
+def test_math_takes_the_reference_from_the_solution():
+    row = {"solution": "so $\\boxed{\\frac{14}{3}}$.", "answer": "mangled"}
+    assert math(row, "we get \\boxed{\\dfrac{14}{3}}").values["accuracy"] == 1.0
+    assert math(row, "The answer is $\\frac{14}{3}$.").values["accuracy"] == 1.0
+    assert math(row, "Hence it is $\\frac{14}{3}$").values["accuracy"] == 1.0
+    cut = math(row, "Hence $\\frac{14}{3}$ plus", truncated=True)
+    assert cut.answer is None
+    assert cut.values["accuracy"] == 0.0
+    assert math(row, "I do not know").answer is None
+    assert math({"answer": "7"}, "\\boxed{7}").values["accuracy"] == 1.0
+    with pytest.raises(DataFormatError):
+        math({}, "7")
+
+
+def test_boxed_balances_braces():
+    assert boxed("\\boxed{1} then \\boxed{\\frac{1}{2}} end") == "\\frac{1}{2}"
+    assert boxed("\\boxed{3} and \\boxed{\\frac{1}{2") == "3"
+    assert boxed("none") is None
+
+
+def test_bioasq_yes_no():
+    row = {"type": "yesno", "exact_answer": "Yes"}
+    assert bioasq(row, "yes\nBecause no enzyme ...").values == {"yesno_accuracy": 1.0}
+    assert bioasq(row, "**No**, it is not").values == {"yesno_accuracy": 0.0}
+    assert bioasq(row, "Nobody knows").answer is None
+
+
+def test_bioasq_factoid_rank():
+    row = {"type": "factoid", "exact_answer": [["The BRCA1 gene", "BRCA1"]]}
+    first = bioasq(row, "BRCA1\nIt is a gene.").values
+    assert first == {"factoid_mrr": 1.0, "factoid_lenient": 1.0, "factoid_strict": 1.0}
+    third = bioasq(row, "1. TP53\n2. MYC\n3. brca1 gene\nExplanation").values
+    assert third == {"factoid_mrr": pytest.approx(1 / 3), "factoid_lenient": 1.0, "factoid_strict": 0.0}
+    sixth = bioasq(row, "\n".join(f"- x{i}" for i in range(5)) + "\n- BRCA1").values
+    assert sixth == {"factoid_mrr": 0.0, "factoid_lenient": 0.0, "factoid_strict": 0.0}
+
+
+def test_bioasq_list_counts_each_reference_once():
+    row = {"type": "list", "exact_answer": [["aspirin", "ASA"], ["ibuprofen"], "naproxen"]}
+    values = bioasq(row, "- ASA\n- Aspirin\n- ibuprofen\nThese are drugs.").values
+    assert values["list_precision"] == pytest.approx(2 / 3)
+    assert values["list_recall"] == pytest.approx(2 / 3)
+    assert values["list_f1"] == pytest.approx(2 / 3)
+    assert bioasq(row, "aspirin, ibuprofen and naproxen").values["list_f1"] == 1.0
+    empty = bioasq(row, "")
+    assert empty.answer is None
+    assert empty.values["list_f1"] == 0.0
+
+
+def test_bioasq_summary_takes_the_best_reference():
+    pytest.importorskip("rouge_score")
+    row = {"type": "summary", "ideal_answer": ["unrelated words", "the heart pumps blood"]}
+    assert bioasq(row, "The heart pumps blood.").values == {"rouge2": 1.0, "rougeL": 1.0}
+
+
+def test_bioasq_refuses_unknown_types():
+    with pytest.raises(DataFormatError, match="yesno"):
+        bioasq({"type": "multi"}, "")
+
+
+def test_items():
+    assert items("1) a b.\n2) c\n\nrest") == ["a b", "c"]
+    assert items("one line, with commas") == ["one line, with commas"]
+    assert items("") == []
+
+
+def test_unknown_metric_names_the_closest():
+    with pytest.raises(ConfigurationError, match='Did you mean "gsm8k"'):
+        get_metric("gsm8")
+    with pytest.raises(ConfigurationError, match="cannot be imported"):
+        get_metric("no_such_module_here:f")
+
+
+def test_user_metric(tmp_path, monkeypatch):
+    (tmp_path / "my_metric_module.py").write_text(
+        "def length(row, text):\n    return len(text) == row['n']\n"
+        "def parts(row, text):\n    return {'a': 1, 'b': 0.5} if text else None\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    assert get_metric("my_metric_module:length")({"n": 2}, "ab", False).values == {"length": 1.0}
+    parts = get_metric("my_metric_module:parts")
+    assert parts({}, "x", False).values == {"a": 1.0, "b": 0.5}
+    assert parts({}, "", False) == metrics.Score({"parts": 0.0}, None)
+    with pytest.raises(ConfigurationError, match="missing"):
+        get_metric("my_metric_module:missing")
