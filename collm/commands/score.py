@@ -12,8 +12,8 @@ HELP = "write what the assistants say about a data set, token by token; killed, 
 EXAMPLE = """
 collm score gsm8k/train.jsonl --task gsm8k --model Qwen/Qwen2.5-Coder-0.5B-Instruct \\
     --assistant Qwen/Qwen2.5-Coder-1.5B-Instruct --output scored
-collm score scored-format.jsonl --assistant org/math-7b --assistant org/law-7b --quantization 4bit --output scored
-accelerate launch -m collm score allenai/tulu-3-sft-mixture --assistant org/big --output scored   # several devices
+collm score chats.jsonl --assistant org/math-7b --assistant org/law-7b --quantization 4bit --output scored
+accelerate launch -m collm.cli score allenai/tulu-3-sft-mixture --assistant org/big --output scored   # several devices
 """
 
 

@@ -44,7 +44,8 @@ class Chat:
     def __post_init__(self) -> None:
         self.template = _template(self.chat_template, self.tokenizer)
         added = self.tokenizer.added_tokens_decoder.items()
-        self._special = {index for index, token in added if token.special} | set(self.tokenizer.all_special_ids)
+        special = {index for index, token in added if token.special} | set(self.tokenizer.all_special_ids)
+        self._special = special - {self.tokenizer.unk_token_id}  # a word of the text that the vocabulary lacks
 
     def pieces(self, messages: list[dict], turns: list[int]) -> list[Piece]:
         """Context and targets of the given turns (indices of messages); what follows the last one is left out."""

@@ -77,7 +77,8 @@ def format_rows(
     - `prompt` and `completion`: strings (taken as they are, no chat template; the end-of-sequence token is the last
       target), or lists of messages (the assistant's turns of `completion` are the targets);
     - `input_ids` and `labels`: formatted already;
-    - the columns of `task`. A task's prompt and completion become a conversation where there is a chat template.
+    - the columns of `task`. A task's prompt and completion become a conversation where there is a chat template;
+      elsewhere a line break separates them.
 
     A row may carry contexts of its own for the assistants, one entry per assistant, null for the shared one:
     `assistant_messages` (beside `messages`) or `assistant_prompts` (beside a `prompt` string).
@@ -168,10 +169,13 @@ def _task_row(task: Callable[[Row], Row], row: Row, chat: Chat) -> Row:
         made = task(row)
     except KeyError as error:
         raise DataFormatError(f"the task needs the column {error}; there are {', '.join(row)}.") from error
-    if isinstance(made.get("prompt"), str) and chat.template:
+    if isinstance(made.get("prompt"), str):
         if not made["completion"]:
             raise Dropped("empty completion")
-        made = {"messages": [message("user", made["prompt"]), message("assistant", made["completion"])]}
+        if chat.template:
+            made = {"messages": [message("user", made["prompt"]), message("assistant", made["completion"])]}
+        else:
+            made = {**made, "prompt": made["prompt"] + "\n"}
     return {**own, **made}
 
 
