@@ -187,6 +187,12 @@ def uses_threshold(router: Router) -> bool:
     return function in THRESHOLD_ROUTERS or function not in ROUTERS.values()
 
 
+def uses_randomness(router: Router) -> bool:
+    """Whether the router draws random numbers (a callable of the user's is taken to)."""
+    function = router.func if isinstance(router, functools.partial) else router
+    return function in (random, sampled) or function not in ROUTERS.values()
+
+
 def route(router: Router, context: RoutingContext) -> tuple[Tensor, Tensor | None]:
     """Call a router and return `(writers, state)`, with `state` None for a router without a memory."""
     result = router(context)
