@@ -87,17 +87,20 @@ class GenerationStore:
     def _read(self) -> None:
         assert self.path is not None
         content = self.path.read_bytes()
-        complete = content[: content.rfind(b"\n") + 1]
-        if len(complete) < len(content):
-            os.truncate(self.path, len(complete))  # killed while writing
-        lines = complete.decode("utf-8").splitlines()
-        if not lines:
-            return
+        complete = content[: content.rfind(b"\n") + 1]  # a process killed while writing leaves part of a line behind
+        lines = complete.decode("utf-8", "replace").split("\n")[:-1]
         try:
+            if not lines:
+                begun = b'{"settings": '
+                if not begun.startswith(content[: len(begun)]):
+                    raise KeyError("settings")
+                os.truncate(self.path, 0)
+                return
             found = json.loads(lines[0])["settings"]
             self.done = {g.id: g for g in (Generation(**json.loads(line)) for line in lines[1:])}
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise DataFormatError(f"{self.path} is no file of generations, or is damaged: {error}") from error
+        os.truncate(self.path, len(complete))
         different = sorted(
             key
             for key in found.keys() | self.settings.keys()

@@ -156,7 +156,8 @@ def router_scores(
     if router == "learned":
         return deferral_probs
     if router == "ema":
-        decay, smoothed = parameters.get("decay", 0.5), []
+        decay = parameters.get("decay", 0.5)
+        smoothed: list[float] = []
         for d in deferral_probs.tolist():
             smoothed.append(decay * smoothed[-1] + (1 - decay) * d if smoothed else d)
         return np.array(smoothed)

@@ -129,7 +129,7 @@ class ModelWriter:
         else:
             source, probabilities = [[0] * len(row) for row in new], [[] for _ in new]
         return [
-            self._generation(problem, *parts, seconds)
+            self._generation(problem, *parts, seconds)  # type: ignore[call-arg]
             for problem, *parts in zip(problems, new, source, probabilities, strict=True)
         ]
 

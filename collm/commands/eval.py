@@ -1,0 +1,214 @@
+"""`collm eval`: how good, how often deferred, how fast; on a task, or as perplexity."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from collm.evaluation.options import DataOptions, DecodingOptions, ModelOptions
+
+HELP = "measure quality, deferral rate and cost on a task; generations are kept, and a killed run goes on"
+EXAMPLE = """
+collm eval my-checkpoint --assistant Qwen/Qwen2.5-Coder-1.5B-Instruct --data gsm8k/dev.jsonl --task gsm8k \\
+    --deferral-rate 0.2 --output results/rate20
+collm eval my-checkpoint --data gsm8k/dev.jsonl --task gsm8k --alone base --output results/base
+collm eval my-checkpoint --data mine.jsonl --metric my_module:my_metric --output results/mine
+collm eval my-checkpoint --data gsm8k/dev.jsonl --task gsm8k --perplexity --output results/perplexity
+"""
+
+
+@dataclass
+class EvalOptions:
+    """What is measured and where it goes."""
+
+    output: str = field(metadata={"help": "folder for generations.jsonl, results.json and report.html"})
+    metric: str | None = field(
+        default=None, metadata={"help": 'gsm8k, math, bioasq, exact_match or "module:function"; default: the task\'s'}
+    )
+    alone: str | None = field(
+        default=None,
+        metadata={
+            "help": "one model writes everything: the base or the (first) assistant",
+            "choices": ["base", "assistant"],
+        },
+    )
+    perplexity: bool = field(
+        default=False, metadata={"help": "score the reference answers instead: base, assistants and mixture"}
+    )
+    server: str | None = field(
+        default=None,
+        metadata={"help": "URL of a running `collm serve` (or any OpenAI-compatible server) that writes instead"},
+    )
+    examples: int = field(default=20, metadata={"help": "texts shown in report.html"})
+
+
+Arguments = (ModelOptions, DataOptions, DecodingOptions, EvalOptions)
+
+
+def run(models: ModelOptions, data: DataOptions, decoding: DecodingOptions, options: EvalOptions) -> int:
+    """Generate what is missing, score, print a table; the last line on standard output is one JSON object."""
+    from collm.errors import ConfigurationError
+
+    if options.perplexity:
+        results = _perplexity(models, data)
+    else:
+        metric = options.metric or data.default_metric()
+        if metric is None:
+            raise ConfigurationError("no metric: pass --metric, or --task gsm8k, math or bioasq, or --perplexity")
+        results = _task(models, data, decoding, options, metric)
+    folder = Path(options.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps({key: value for key, value in results.items() if key not in ("records", "settings")}))
+    return 0
+
+
+def _task(
+    models: ModelOptions, data: DataOptions, decoding: DecodingOptions, options: EvalOptions, metric_name: str
+) -> dict[str, Any]:
+    from collm.evaluation.generations import GenerationStore, weights_fingerprint
+    from collm.evaluation.loading import num_parameters, short_name
+    from collm.evaluation.metrics import get_metric
+    from collm.evaluation.runner import ModelWriter, Writer, generate_all, summarise
+
+    metric = get_metric(metric_name)
+    arguments = decoding.sampling() if options.alone else decoding.arguments()
+    settings: dict[str, Any] = {"checkpoint": models.checkpoint, "decoding": arguments}
+    writer: Writer
+    parameters: list[int] = []
+    if options.server:
+        from collm.data.tokenizers import load_tokenizer
+        from collm.evaluation.server import ServerWriter
+
+        tokenizer = load_tokenizer(models.checkpoint)
+        writer = ServerWriter(options.server, tokenizer, arguments, data.max_new_tokens, data.seed)
+        names = [short_name(models.checkpoint), *([*map(short_name, models.assistant)] or ["assistant"])]
+        settings["server"] = writer.model
+    else:
+        loaded, tokenizer, names = _load(models, options.alone)
+        parameters = [num_parameters(model) for model in loaded]
+        writer = ModelWriter(loaded[0], tokenizer, loaded[1:], arguments, data.max_new_tokens, data.seed)
+        settings |= {"names": names, "weights": [weights_fingerprint(model) for model in loaded]}
+        settings["dtype"] = str(loaded[0].dtype)
+        if len(loaded) > 1:
+            settings["deferral"] = {"threshold": loaded[0].config.deferral.threshold}
+            settings["deferral"]["calibration"] = loaded[0].config.deferral.calibration
+    problems = data.problems(tokenizer)
+    settings |= data.settings(problems) | {"alone": options.alone}
+    store = GenerationStore(Path(options.output) / "generations.jsonl", settings)
+    generations = generate_all(writer, problems, store, data.batch_size, f"{metric_name} x {len(problems)}")
+    results = summarise(problems, generations, metric, parameters)
+    _print_table(results)
+    if options.examples:
+        _write_report(Path(options.output) / "report.html", problems, generations, results, names, tokenizer, options)
+    return {**results, "metric": metric_name, "settings": settings}
+
+
+def _load(models: ModelOptions, alone: str | None) -> tuple[list[Any], Any, list[str]]:
+    from collm.data.tokenizers import load_tokenizer
+    from collm.errors import ConfigurationError
+    from collm.evaluation.loading import load_models, load_plain, short_name, tokenizer_of
+
+    if alone == "assistant":
+        if not models.assistant:
+            raise ConfigurationError("--alone assistant needs --assistant NAME")
+        name = models.assistant[0]
+        return [load_plain(name, models.dtype, models.device)], load_tokenizer(name), [short_name(name)]
+    if alone == "base":
+        model = load_base(models)
+        return [model], tokenizer_of(models.checkpoint, model), [short_name(models.checkpoint)]
+    loaded = load_models(models.checkpoint, models.assistant, models.dtype, models.device)
+    return [loaded.model, *loaded.assistants], loaded.tokenizer, loaded.names
+
+
+def load_base(models: ModelOptions) -> Any:
+    """The base of a checkpoint of any kind (head-only and LoRA ones included)."""
+    import torch
+
+    from collm import CoLLMForCausalLM
+
+    device = models.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return CoLLMForCausalLM.from_pretrained(models.checkpoint, dtype=models.dtype).to(device).eval()
+
+
+def _perplexity(models: ModelOptions, data: DataOptions) -> dict[str, Any]:
+    from datasets import Dataset
+
+    from collm.data.formatting import format_rows
+    from collm.evaluation.likelihood import perplexity, score_texts
+    from collm.evaluation.loading import load_models
+
+    loaded = load_models(models.checkpoint, models.assistant, models.dtype, models.device)
+    rows, report = format_rows(
+        Dataset.from_list(data.rows()), loaded.tokenizer, data.task, chat_template=data.chat_template
+    )
+    print(report)
+    texts = [(row["input_ids"], row["labels"]) for row in rows]
+    results = perplexity(score_texts(loaded.model, loaded.assistants, texts))
+    for name, value in results.items():
+        if isinstance(value, dict):
+            print(
+                f"{name:<12} {value['nats_per_token']:.4f} nats/token, perplexity {value['perplexity']:.3f} "
+                f"[{value['low']:.3f}, {value['high']:.3f}]"
+            )
+    return {**results, "settings": {**dataclasses.asdict(models), "data": data.data, "task": data.task}}
+
+
+def _print_table(results: dict[str, Any]) -> None:
+    for name, value in results["metrics"].items():
+        print(f"{name:<18} {value['mean']:.1%} [{value['low']:.1%}, {value['high']:.1%}] of {value['n']}")
+    print(
+        f"{'deferred':<18} {results['deferral_rate']:.1%} of {results['tokens']} tokens\n"
+        f"{'truncated':<18} {results['truncated']} of {results['problems']} (no answer unless one is stated)\n"
+        f"{'unparsable':<18} {results['unparsable']} of {results['problems']}\n"
+        f"{'time':<18} {results['seconds_per_token'] * 1000:.1f} ms per token"
+    )
+
+
+def _write_report(
+    path: Path, problems: list, generations: list, results: dict[str, Any], names: list[str], tokenizer: Any,
+    options: EvalOptions,
+) -> None:  # fmt: skip
+    from collm.reporting import DeferralStatistics, TokenView, table, token_view, write_page
+    from collm.reporting.html import heading, paragraph
+
+    views = [
+        TokenView.from_ids(
+            tokenizer, g.token_ids, g.source, g.deferral_probs or None, names=names, title=f"Problem {p.id}",
+            prompt=p.prompt, note=_verdict(record),
+        )
+        for p, g, record in zip(problems, generations, results["records"], strict=True)
+    ]  # fmt: skip
+    rows = [
+        {
+            "metric": name,
+            "mean": f"{v['mean']:.1%}",
+            "95% interval": f"{v['low']:.1%} – {v['high']:.1%}",
+            "problems": v["n"],
+        }
+        for name, v in results["metrics"].items()
+    ]
+    counts = {key: results[key] for key in ("problems", "truncated", "unparsable", "tokens")}
+    parts = [table(rows), table([{**counts, "deferred": f"{results['deferral_rate']:.1%}"}])]
+    if len(names) > 1:
+        statistics = DeferralStatistics.of(views)
+        parts += [heading("Which tokens are deferred"), table(statistics.kind_rows(), "by kind")]
+        parts += [
+            table(statistics.token_rows(), "deferred most often"),
+            table(statistics.position_rows(), "by position"),
+        ]
+    parts += [heading("Texts"), paragraph(f"The first {min(len(views), options.examples)} of {len(views)}.")]
+    write_page(path, " + ".join(names), *parts, *(token_view(view) for view in views[: options.examples]))
+
+
+def _interval(value: dict[str, Any]) -> str:
+    return f"{value['low']:.1%} – {value['high']:.1%}"
+
+
+def _verdict(record: dict[str, Any]) -> str:
+    scores = ", ".join(f"{name} {value:.3g}" for name, value in record["scores"].items())
+    answer = "no answer could be read" if record["answer"] is None else f"answer read: {record['answer']}"
+    return f"{scores}; {answer}" + ("; truncated" if record["truncated"] else "")

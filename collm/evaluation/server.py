@@ -1,0 +1,81 @@
+"""A writer behind an OpenAI-compatible server: `collm serve` with any engine, or a single model in vLLM."""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+from collm.errors import AssistantError
+from collm.evaluation.generations import Generation
+from collm.evaluation.runner import Problem
+
+
+@dataclass
+class ServerWriter:
+    """
+    Writes through `/completions`, a batch's requests all at once. Prompts go as token ids, so that the text is exactly
+    what a local run reads; `collm serve` and vLLM take them.
+
+    Args:
+        url (`str`): with or without `/v1`.
+        tokenizer (`PreTrainedTokenizerBase`): the base's.
+        options (`dict`): `threshold` or `deferral_rate`, `temperature`, `top_p`; the rest of `generate`'s is refused.
+        max_new_tokens (`int`): length limit.
+        seed (`int`): of sampling; every problem has its own.
+        timeout (`float`, *optional*, defaults to 600): seconds for one answer.
+
+    Raises:
+        [`AssistantError`]: the server cannot be reached, or refuses a request.
+    """
+
+    url: str
+    tokenizer: Any
+    options: dict[str, Any]
+    max_new_tokens: int
+    seed: int = 0
+    timeout: float = 600.0
+    model: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        import httpx
+
+        root = self.url.rstrip("/")
+        self._client = httpx.Client(base_url=root if root.endswith("/v1") else f"{root}/v1", timeout=self.timeout)
+        self.model = self._request("GET", "/models")["data"][0]["id"]
+
+    def __call__(self, problems: list[Problem]) -> list[Generation]:
+        started = time.perf_counter()
+        with ThreadPoolExecutor(len(problems)) as pool:
+            answers = list(pool.map(self._ask, problems))
+        seconds = round((time.perf_counter() - started) / len(problems), 4)
+        return [self._generation(p, answer, seconds) for p, answer in zip(problems, answers, strict=True)]
+
+    def _ask(self, problem: Problem) -> dict[str, Any]:
+        names = ("threshold", "deferral_rate", "temperature", "top_p")
+        body = {name: self.options[name] for name in names if name in self.options}
+        body = {"temperature": 0.0, **body, "model": self.model, "prompt": problem.prompt_ids}
+        body |= {"max_tokens": self.max_new_tokens, "seed": self.seed + problem.id}
+        body |= {"return_token_ids": True, "return_source": True}
+        return self._request("POST", "/completions", json=body)["choices"][0]
+
+    def _generation(self, problem: Problem, choice: dict[str, Any], seconds: float) -> Generation:
+        ids = choice["token_ids"]
+        source = choice.get("source") or [0] * len(ids)
+        text = self.tokenizer.decode(ids, skip_special_tokens=True)
+        truncated = choice["finish_reason"] == "length"
+        return Generation(problem.id, text, ids, source, choice.get("deferral_probs") or [], truncated, seconds)
+
+    def _request(self, method: str, path: str, **arguments: Any) -> dict[str, Any]:
+        import httpx
+
+        try:
+            response = self._client.request(method, path, **arguments)
+        except httpx.HTTPError as error:
+            raise AssistantError(f"the server {self.url} does not answer: {error}") from error
+        if response.is_error:
+            raise AssistantError(
+                f"the server {self.url} refuses {path} ({response.status_code}): {response.text[:500]}"
+            )
+        return response.json()
