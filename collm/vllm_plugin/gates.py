@@ -15,8 +15,6 @@ base's own logits keep every bit. S and C are powers of two: float32 resolves a 
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -24,11 +22,11 @@ from collm.errors import ConfigurationError, did_you_mean
 
 S = float(2**17)
 C = float(2**23)
-MAX_SCORE = 30.0  # logits; sigmoid(30) is 1 in float32. S * MAX_SCORE must stay well below C.
+MAX_SCORE = 30.0  # S * MAX_SCORE must stay well below C
 
 # router -> what its score is; a request's cut is in the same unit
 ROUTERS = {
-    "head": "logit of the deferral probability d_t",
+    "learned": "logit of the deferral probability d_t",
     "entropy": "entropy of the base's next-token distribution, nats",
     "top_probability": "1 - the base's top probability",
 }
@@ -39,7 +37,7 @@ def num_reserved(num_assistants: int) -> int:
     return len(ROUTERS) * num_assistants
 
 
-def reserved_ids(vocab_size: int, num_assistants: int, router: str = "head") -> list[int]:
+def reserved_ids(vocab_size: int, num_assistants: int, router: str = "learned") -> list[int]:
     """The K ids on which a request of `router` stops; the k-th says "assistant k + 1 writes"."""
     if router not in ROUTERS:
         raise ConfigurationError(
@@ -50,20 +48,13 @@ def reserved_ids(vocab_size: int, num_assistants: int, router: str = "head") -> 
     return list(range(first, first + num_assistants))
 
 
-def cut_of_threshold(threshold: float) -> float:
-    """The cut of router "head" at which d_t > threshold: logit(threshold), bounded to what the gate can express."""
-    if threshold <= 0:
-        return -2 * MAX_SCORE if threshold < 0 else -MAX_SCORE
-    return 2 * MAX_SCORE if threshold >= 1 else math.log(threshold) - math.log1p(-threshold)
-
-
 def gate_bias(cut: float) -> float:
     """The `logit_bias` with which a request opens a gate where score > cut."""
     return C - S * cut
 
 
 def score_of_logprob(logprob: float) -> float:
-    """The score in a gate's raw log-probability, less log-sum-exp minus maximum of the base's logits over S (< 1e-4)."""
+    """The score in a gate's raw log-probability, up to (logsumexp - max of the base's logits) / S < 1e-4."""
     return (logprob + C) / S
 
 

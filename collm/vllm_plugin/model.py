@@ -32,6 +32,9 @@ HEAD = "deferral_head."
 class DeferralMixin(nn.Module):
     """Adds the deferral head to a causal language model of vLLM; see the module's docstring."""
 
+    uncertainty_mean: Tensor
+    uncertainty_std: Tensor
+
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         model_config = vllm_config.model_config
@@ -49,7 +52,7 @@ class DeferralMixin(nn.Module):
 
     def compute_logits(self, hidden_states: Tensor, *args, **kwargs) -> Tensor | None:
         """Logits `(batch, V + R)`, float32, with the gates in the reserved columns; None where the base gives None."""
-        logits = super().compute_logits(hidden_states, *args, **kwargs)
+        logits = super().compute_logits(hidden_states, *args, **kwargs)  # type: ignore[misc]
         if logits is None:  # another tensor-parallel rank gathers them
             return None
         logits = logits.float()
@@ -81,12 +84,12 @@ class DeferralMixin(nn.Module):
                         )
                     expected[name].data.copy_(tensor)
                     loaded.add(name)
-                elif name.split(".")[-2:-1] and name.split(".")[-2] in vocabulary and len(tensor) == self.real_vocab_size:
+                elif "." in name and name.split(".")[-2] in vocabulary and len(tensor) == self.real_vocab_size:
                     yield name, self._padded(tensor)
                 else:
                     yield name, tensor
 
-        loaded |= super().load_weights(base_weights()) or set()
+        loaded |= super().load_weights(base_weights()) or set()  # type: ignore[misc]
         if missing := expected.keys() - loaded:
             raise CheckpointError(f"the checkpoint has no {', '.join(sorted(missing))}.")
         return loaded

@@ -1,0 +1,258 @@
+"""One request: a coroutine over a base session and up to K assistant sessions that write one answer together."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+
+from collm.decoding.routers import (
+    Router,
+    RoutingContext,
+    entropy,
+    learned,
+    margin,
+    never,
+    resolve_router,
+    route,
+    top_probability,
+)
+from collm.decoding.sampling import uniform
+from collm.errors import AssistantError, ConfigurationError
+
+from .session import Engine, Gate, Piece, Sampling, Session, cut_of_threshold
+
+ASSISTANT_TIMEOUT = 60.0  # seconds that one assistant token may take
+
+
+@dataclass
+class Request:
+    """What one answer is to be.
+
+    Args:
+        prompt_ids (`list[int]`): the base's prompt.
+        max_tokens (`int`): tokens of the answer, at most.
+        threshold (`float`): eta; an assistant writes where d_t > eta. 1 never asks, a negative one always does.
+        router (*optional*): name, dictionary or callable, as for `generate`; see [`~collm.decoding.routers`].
+        sampling ([`~session.Sampling`]): for whoever writes.
+        stop_ids (`frozenset[int]`): token ids that end the answer.
+        assistant_prompts (`list[list[int]]`, *optional*): a prompt of its own for each assistant.
+        on_assistant_error (`str`): `"error"`: the failure is raised; `"fallback"`: the base goes on alone.
+        report (`bool`): give `deferral_probs`.
+    """
+
+    prompt_ids: list[int]
+    max_tokens: int
+    threshold: float = 0.5
+    router: Any = None
+    sampling: Sampling = field(default_factory=Sampling)
+    stop_ids: frozenset[int] = frozenset()
+    assistant_prompts: Sequence[Sequence[int]] | None = None
+    on_assistant_error: Literal["error", "fallback"] = "error"
+    report: bool = False
+
+
+@dataclass
+class Written:
+    """Tokens in order, each with its source.
+
+    Attributes:
+        token_ids, source (`list[int]`): tokens; 0 for the base, k for assistant k.
+        deferral_probs (`list[float | None]`): d_t, if the request asked for a report.
+        finish (*optional*): `"stop"` or `"length"` in the last one.
+        fallback (`bool`): the assistant was wanted for what follows, and failed; the base goes on alone.
+    """
+
+    token_ids: list[int]
+    source: list[int]
+    deferral_probs: list[float | None]
+    finish: str | None = None
+    fallback: bool = False
+
+
+@dataclass
+class Asked:
+    """What an observer (metrics, the circuit breaker) hears of each hand-off."""
+
+    assistant: int
+    seconds: float
+    tokens_read: int
+    error: Exception | None = None
+
+
+async def collaborate(
+    request: Request,
+    base: Engine,
+    assistants: Sequence[Engine],
+    available: Callable[[int], bool] = lambda k: True,
+    observe: Callable[[Asked], None] = lambda asked: None,
+    assistant_timeout: float = ASSISTANT_TIMEOUT,
+) -> AsyncIterator[Written]:
+    """
+    Write one answer.
+
+    1. The base writes until its gate opens: whoever wrote the tokens so far, it reads each of them once.
+    2. The assistant that the head prefers reads what it has missed, in one chunk, and writes one token.
+    3. The base is handed that token. Until a stop token or `max_tokens`.
+
+    Args:
+        request ([`Request`]): the prompt and how to answer it.
+        base ([`~session.Engine`]), assistants (K engines): who writes.
+        available (`Callable[[int], bool]`): whether assistant k may be asked now; a circuit breaker. Where it may not,
+            that counts as its failure.
+        observe (`Callable[[Asked], None]`): told of each hand-off.
+        assistant_timeout (`float`): seconds for one assistant token.
+
+    Raises:
+        AssistantError: the base failed; or an assistant did, and the request does not want the base to go on alone.
+    """
+    decider = Decider(request)
+    writer = base.open(request.prompt_ids, request.sampling)
+    helpers: dict[int, Session] = {}
+    tokens: list[int] = []
+    handed: dict[int, int] = {}  # assistant -> tokens of the answer that it has
+    alone = False
+    try:
+        while True:
+            # 1. The base writes.
+            turn = decider.turn(writer, len(tokens), alone)
+            async for piece in turn:
+                tokens += piece.token_ids
+                finish = None if piece.finish == "deferral" else piece.finish
+                if piece.token_ids or finish:
+                    probs = piece.deferral_probs if request.report else None
+                    count = len(piece.token_ids)
+                    yield Written(piece.token_ids, [0] * count, list(probs) if probs else [None] * count, finish)
+            if piece.finish != "deferral":
+                return
+
+            # 2. The assistant reads what it missed and writes one token.
+            k = piece.assistant
+            start = time.perf_counter()
+            try:
+                if not available(k):
+                    raise AssistantError(f"assistant {k} ({assistants[k - 1].name}) is not available at present.")
+                if k not in helpers:
+                    prompt = request.assistant_prompts[k - 1] if request.assistant_prompts else request.prompt_ids
+                    helpers[k] = assistants[k - 1].open(prompt, request.sampling)
+                missed = tokens[handed.get(k, 0) :]
+                helpers[k].extend(missed)
+                async with asyncio.timeout(assistant_timeout):
+                    token = await _next_token(helpers[k])
+            except (AssistantError, TimeoutError) as error:
+                failure = _failure(error, k, assistant_timeout)
+                observe(Asked(k, time.perf_counter() - start, 0, failure))
+                if request.on_assistant_error == "error":
+                    raise failure from None
+                alone = True
+                yield Written([], [], [], fallback=True)
+                continue
+            observe(Asked(k, time.perf_counter() - start, len(missed)))
+            tokens.append(token)
+            handed[k] = len(tokens)
+
+            # 3. The base is handed that token.
+            finish = "stop" if token in request.stop_ids else "length" if len(tokens) == request.max_tokens else None
+            yield Written([token], [k], [piece.deferral_prob if request.report else None], finish)
+            if finish:
+                return
+            writer.extend([token])
+    finally:
+        await asyncio.shield(_close([writer, *helpers.values()]))
+
+
+class Decider:
+    """Where a request's router decides: inside the base's engine (a gate), or here, one base token at a time.
+
+    Raises:
+        ConfigurationError: the router needs whole distributions, which engines do not hand out.
+    """
+
+    def __init__(self, request: Request):
+        self.request = request
+        self.router: Router = resolve_router(request.router)
+        self.state: torch.Tensor | None = None
+        self.gate, self.inside = gate_of(self.router, request.threshold)
+
+    def turn(self, base: Session, step: int, alone: bool) -> AsyncIterator[Piece]:
+        """The base's turn from token `step` on; `alone`: nobody is to be asked any more."""
+        left, stop_ids = self.request.max_tokens - step, self.request.stop_ids
+        if alone or self.inside:
+            return base.decode(left, stop_ids, None if alone else self.gate, self.request.report)
+        return self._turn_by_token(base, step)
+
+    async def _turn_by_token(self, base: Session, step: int) -> AsyncIterator[Piece]:
+        for at in range(step, self.request.max_tokens):
+            piece = await _last_piece(base.decode(1, self.request.stop_ids, report=True))
+            assert piece.deferral_probs is not None
+            d = piece.deferral_probs[-1]
+            if k := self._writer(d, piece.preferred, at):
+                base.retract()
+                yield Piece([], [], "deferral", k, d)
+                return
+            last = at + 1 == self.request.max_tokens
+            finish: Any = "stop" if piece.finish == "stop" else "length" if last else None
+            yield Piece(piece.token_ids, piece.deferral_probs, finish)
+            if finish:
+                return
+
+    def _writer(self, deferral_prob: float, preferred: int, step: int) -> int:
+        probs = torch.zeros(1, preferred + 1)
+        probs[0, 0], probs[0, preferred] = 1 - deferral_prob, deferral_prob
+        context = RoutingContext(
+            writer_probs=probs,
+            threshold=self.request.threshold,
+            step=torch.tensor([step]),
+            uniform=torch.tensor([uniform(self.request.sampling.seed or 0, 0, step)], dtype=torch.float64),
+            state=self.state,
+        )
+        writers, self.state = route(self.router, context)
+        return int(writers)
+
+
+def gate_of(router: Router, threshold: float) -> tuple[Gate | None, bool]:
+    """The gate that `router` is, and whether it decides inside of the engine at all.
+
+    Raises:
+        ConfigurationError: the router needs whole distributions, which engines do not hand out.
+    """
+    function = router.func if isinstance(router, functools.partial) else router
+    cut = router.keywords.get("cut", 0.0) if isinstance(router, functools.partial) else 0.0
+    if function is margin:
+        raise ConfigurationError(
+            'The router "margin" needs whole distributions, which engines keep: take "top_probability".'
+        )
+    if function is learned:
+        return Gate("learned", cut_of_threshold(threshold)), True
+    if function is entropy:
+        return Gate("entropy", cut), True
+    if function is top_probability:
+        return Gate("top_probability", 1 - cut), True
+    return None, function is never
+
+
+def _failure(error: Exception, k: int, timeout: float) -> AssistantError:
+    if isinstance(error, AssistantError):
+        return error
+    return AssistantError(f"assistant {k} wrote nothing within {timeout:g} seconds.")
+
+
+async def _next_token(session: Session) -> int:
+    piece = await _last_piece(session.decode(1))
+    if not piece.token_ids:
+        raise AssistantError("an assistant answered without a token.")
+    return piece.token_ids[-1]
+
+
+async def _last_piece(pieces: AsyncIterator[Piece]) -> Piece:
+    return [piece async for piece in pieces][-1]
+
+
+async def _close(sessions: Sequence[Session]) -> None:
+    for session in sessions:
+        await session.close()

@@ -1,0 +1,204 @@
+"""One request over transformers engines: the same tokens as a decode without caches, whoever writes."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+import torch
+
+from collm.engines.collaboration import Request, collaborate
+from collm.engines.session import Gate, Sampling
+from collm.engines.transformers import TransformersEngine
+from collm.errors import AssistantError, ConfigurationError
+from tests.conftest import tiny_collm, tiny_model
+from tests.engines.oracle import oracle
+
+PROMPT = [5, 9, 23, 41, 17]
+
+
+async def collect(request, base, assistants, **kwargs):
+    written = [piece async for piece in collaborate(request, base, assistants, **kwargs)]
+    return (
+        [t for w in written for t in w.token_ids],
+        [s for w in written for s in w.source],
+        [d for w in written for d in w.deferral_probs],
+        written,
+    )
+
+
+def engines(num_assistants=1, architecture="llama"):
+    base = tiny_collm(architecture, num_assistants=num_assistants)
+    helpers = [tiny_model(architecture, seed=k) for k in range(1, num_assistants + 1)]
+    return base, helpers, TransformersEngine(base, "base"), [TransformersEngine(h, "a") for h in helpers]
+
+
+@pytest.mark.parametrize("num_assistants", [1, 2])
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "mixtral"])
+def test_greedy_collaboration_is_the_oracle_token_for_token(architecture, num_assistants):
+    base, helpers, base_engine, helper_engines = engines(num_assistants, architecture)
+    for threshold in (-1.0, 0.3, 0.5, 0.7, 1.0):
+        request = Request(PROMPT, 20, threshold, report=True)
+        tokens, source, probs, written = asyncio.run(collect(request, base_engine, helper_engines))
+        expected = oracle(base, helpers, PROMPT, 20, threshold)
+        assert (tokens, source) == (expected.tokens, expected.source)
+        assert probs == pytest.approx(expected.deferral_probs, abs=1e-4)
+        assert written[-1].finish == "length"
+    assert {0, *range(1, num_assistants + 1)} >= set(source)
+
+
+def test_every_model_reads_every_token_once():
+    _, _, base_engine, (helper_engine,) = engines()
+    read = {base_engine.name: 0, helper_engine.name: 0}
+    for engine in (base_engine, helper_engine):
+
+        def counted(token_ids, cache, engine=engine, forward=engine.forward):
+            read[engine.name] += len(token_ids)
+            return forward(token_ids, cache)
+
+        engine.forward = counted
+    _, source, _, _ = asyncio.run(collect(Request(PROMPT, 20, 0.5), base_engine, [helper_engine]))
+    assert 0 < sum(source) < 20
+    last_ask = max(i for i, s in enumerate(source) if s)
+    assert read[base_engine.name] == len(PROMPT) + 19  # nobody reads the last token
+    assert read[helper_engine.name] == len(PROMPT) + last_ask
+
+
+@pytest.mark.parametrize(
+    "router",
+    [
+        "entropy:cut=2.0",
+        "top_probability:cut=0.5",
+        "random:rate=0.4",
+        "sampled",
+        "always",
+        "never",
+        "ema",
+        "scheduled:steps=8",
+    ],
+)
+def test_other_routers_are_the_oracle(router):
+    base, helpers, base_engine, helper_engines = engines()
+    tokens, source, _, _ = asyncio.run(collect(Request(PROMPT, 20, 0.5, router=router), base_engine, helper_engines))
+    expected = oracle(base, helpers, PROMPT, 20, 0.5, router=router)
+    assert (tokens, source) == (expected.tokens, expected.source)
+
+
+def test_a_router_that_needs_whole_distributions_is_refused():
+    _, _, base_engine, helper_engines = engines()
+    with pytest.raises(ConfigurationError, match="top_probability"):
+        asyncio.run(collect(Request(PROMPT, 4, router="margin:cut=0.1"), base_engine, helper_engines))
+
+
+def test_a_stop_token_ends_the_answer_whoever_writes_it():
+    _, _, base_engine, helper_engines = engines()
+    free, source, _, _ = asyncio.run(collect(Request(PROMPT, 20, 0.5), base_engine, helper_engines))
+    for writer in (0, 1):
+        step = source.index(writer)
+        stop = free[step]
+        tokens, _, _, written = asyncio.run(
+            collect(Request(PROMPT, 20, 0.5, stop_ids=frozenset([stop])), base_engine, helper_engines)
+        )
+        assert tokens == free[: free.index(stop) + 1]
+        assert written[-1].finish == "stop"
+
+
+def test_sampling_with_a_seed_is_reproducible_and_another_seed_differs():
+    _, _, base_engine, helper_engines = engines()
+
+    def answer(seed):
+        request = Request(PROMPT, 24, 0.5, sampling=Sampling(temperature=1.0, seed=seed))
+        return asyncio.run(collect(request, base_engine, helper_engines))[0]
+
+    assert answer(1) == answer(1)
+    assert answer(1) != answer(2)
+
+
+def test_a_prompt_of_its_own_for_the_assistant():
+    base, helpers, base_engine, helper_engines = engines()
+    own = [3, 4, 5]
+    request = Request(PROMPT, 16, 0.5, assistant_prompts=[own])
+    tokens, source, _, _ = asyncio.run(collect(request, base_engine, helper_engines))
+    expected = oracle(base, helpers, PROMPT, 16, 0.5, assistant_prompts=[own])
+    assert (tokens, source) == (expected.tokens, expected.source)
+
+
+class Unplugged(TransformersEngine):
+    """An assistant whose process dies after `alive` tokens."""
+
+    alive = 3
+
+    def forward(self, token_ids, cache):
+        self.alive -= 1
+        if self.alive < 0:
+            raise RuntimeError("connection lost")
+        return super().forward(token_ids, cache)
+
+
+def test_error_policy_raises_and_fallback_policy_goes_on_with_the_base():
+    base, helpers, base_engine, _ = engines()
+    with pytest.raises(AssistantError, match="connection lost"):
+        asyncio.run(collect(Request(PROMPT, 20, 0.5), base_engine, [Unplugged(helpers[0], "a")]))
+
+    request = Request(PROMPT, 20, 0.5, on_assistant_error="fallback")
+    tokens, source, _, written = asyncio.run(collect(request, base_engine, [Unplugged(helpers[0], "a")]))
+    assert len(tokens) == 20
+    assert sum(source) == 3
+    at = next(i for i, w in enumerate(written) if w.fallback)
+    before = [t for w in written[:at] for t in w.token_ids]
+    expected = oracle(base, helpers, [*PROMPT, *before], 20 - len(before), 1.0)
+    assert tokens[len(before) :] == expected.tokens
+
+
+def test_an_assistant_that_does_not_answer_in_time_is_given_up():
+    _, helpers, base_engine, _ = engines()
+
+    class Slow(TransformersEngine):
+        def forward(self, token_ids, cache):
+            import time
+
+            time.sleep(0.5)
+            return super().forward(token_ids, cache)
+
+    with pytest.raises(AssistantError, match=r"within 0\.05 seconds"):
+        asyncio.run(collect(Request(PROMPT, 20, 0.5), base_engine, [Slow(helpers[0], "a")], assistant_timeout=0.05))
+
+
+def test_a_reader_that_leaves_frees_every_session():
+    _, _, base_engine, helper_engines = engines()
+    opened = []
+    for engine in (base_engine, *helper_engines):
+
+        def remembered(*args, open=engine.open):
+            opened.append(open(*args))
+            return opened[-1]
+
+        engine.open = remembered
+
+    async def leave():
+        stream = collaborate(Request(PROMPT, 50, 0.5), base_engine, helper_engines)
+        async for written in stream:
+            if written.source == [1]:
+                break
+        await stream.aclose()
+
+    asyncio.run(leave())
+    assert len(opened) == 2
+    assert all(session._cache is None for session in opened)
+
+
+def test_the_gate_of_the_transformers_session_is_strict_at_its_cut():
+    """d_t > eta, not >=: at exactly its own score a position is not deferred."""
+    base = tiny_collm()
+    engine = TransformersEngine(base, "base")
+
+    async def first(gate):
+        session = engine.open(PROMPT, Sampling())
+        async for piece in session.decode(1, gate=gate, report=True):
+            return piece
+
+    with torch.no_grad():
+        d = torch.sigmoid(base(torch.tensor([PROMPT])).deferral_logits[0, -1, 0]).item()
+    cut = torch.logit(torch.tensor(d, dtype=torch.float64)).item()
+    assert asyncio.run(first(Gate("learned", cut - 1e-3))).finish == "deferral"
+    assert asyncio.run(first(Gate("learned", cut + 1e-3))).finish == "length"
