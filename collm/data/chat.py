@@ -21,7 +21,7 @@ class Dropped(Exception):
 
 
 class HistoryRewritten(Exception):
-    """The chat template shows earlier turns otherwise than it showed them when they were written."""
+    """Earlier turns read otherwise, as text or as tokens, than they did when they were written."""
 
 
 @dataclass
@@ -46,6 +46,7 @@ class Chat:
         added = self.tokenizer.added_tokens_decoder.items()
         special = {index for index, token in added if token.special} | set(self.tokenizer.all_special_ids)
         self._special = special - {self.tokenizer.unk_token_id}  # a word of the text that the vocabulary lacks
+        self._endings = self.tokenizer.convert_ids_to_tokens(sorted(self._special))
 
     def pieces(self, messages: list[dict], turns: list[int]) -> list[Piece]:
         """Context and targets of the given turns (indices of messages); what follows the last one is left out."""
@@ -74,12 +75,14 @@ class Chat:
         until = self.render(messages[: turn + 1])
         if not until.startswith(prompt):
             raise Dropped("the chat template's generation prompt is not a prefix of the conversation")
-        end = next((i for i, (a, b) in enumerate(zip(whole, until, strict=False)) if a != b), len(until))
         # A turn may end otherwise at the end than in the middle, but only in special tokens and white space.
-        rest = [token for token in encode(self.tokenizer, until[end:]) if token not in self._special]
-        if end < len(prompt) or self.tokenizer.decode(rest).strip():
-            raise HistoryRewritten
-        return len(prompt), end
+        ends = until
+        while not whole.startswith(ends):
+            shorter = next((ends.removesuffix(text) for text in self._endings if ends.endswith(text)), ends.rstrip())
+            if shorter == ends or len(shorter) < len(prompt):
+                raise HistoryRewritten
+            ends = shorter
+        return len(prompt), len(ends)
 
     def _end_of_turn(self, said: list[int]) -> int:
         """How many tokens of a turn are targets: up to the first special token after the last word; all if none is."""
@@ -164,8 +167,11 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 def encode_between(tokenizer: PreTrainedTokenizerBase, text: str, cuts: list[int]) -> list[list[int]]:
     """Tokens of the text, in parts that end at the cuts (positions in characters) and the rest.
 
-    Where a token of the whole would reach across a cut, the parts are tokenised one by one, as generation has it: the
-    prompt first, then what is written after it. A row whose text that changes is dropped.
+    Where a token of the whole would reach across a cut, prompt and answer are tokenised one by one, as generation has
+    them. A row whose text that changes is dropped.
+
+    Raises:
+        `HistoryRewritten`: there are several turns, so that one turn's tokens depend on whether another follows.
     """
     whole = encode(tokenizer, text)
     ends = [0]
@@ -176,6 +182,8 @@ def encode_between(tokenizer: PreTrainedTokenizerBase, text: str, cuts: list[int
         ends.append(len(prefix))
     else:
         return [whole[start:end] for start, end in zip(ends, [*ends[1:], None], strict=True)]
+    if len(cuts) > 2:
+        raise HistoryRewritten
     parts = [encode(tokenizer, text[start:end]) for start, end in zip([0, *cuts], [*cuts, None], strict=True)]
     if tokenizer.decode([token for part in parts for token in part]) != tokenizer.decode(whole):
         raise Dropped("the prompt's tokens are not a prefix of the whole's")

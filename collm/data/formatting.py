@@ -156,7 +156,8 @@ def _check_columns(columns: list[str]) -> None:
         raise DataFormatError('This is a file of the BioASQ challenge: ask for the task "bioasq".')
     tasks = tasks_for_columns(columns)
     known = [name for needed in FORMATS.values() for name in needed]
-    hint = next((hint for column in columns if (hint := did_you_mean(column, known))), "")
+    missing = [name for name in known if name not in columns]
+    hint = next((hint for column in columns if column not in known and (hint := did_you_mean(column, missing))), "")
     hint = f" These are the columns of the task {' or '.join(tasks)}." if tasks else hint
     allowed = ", or ".join(" and ".join(needed) for needed in FORMATS.values())
     raise DataFormatError(f"Rows have the columns {', '.join(columns)}; they need {allowed}, or a task.{hint}")
@@ -237,7 +238,7 @@ def _conversation(
 def _assistant_turns(messages: list[dict], first: int) -> list[int]:
     """Messages that are targets; one that opens the conversation is not, since nobody asked for it."""
     for said in messages:
-        if not isinstance(said, dict) or not {"role", "content"} <= said.keys():
+        if not isinstance(said, dict) or not isinstance(said.get("role"), str) or "content" not in said:
             raise DataFormatError(f'a message is {said!r}; it has to be {{"role": ..., "content": ...}}.')
     return [i for i, said in enumerate(messages) if said["role"] == "assistant" and i >= max(first, 1)]
 

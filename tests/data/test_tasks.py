@@ -13,8 +13,9 @@ from collm.errors import ConfigurationError, DataFormatError
 
 GSM8K = {"question": " How many ? ", "answer": "Natalia sold 48/2 = <<48/2=24>>24 clips.\n#### 24"}
 MATH = {"problem": "What is $1+1$?", "solution": r"It is $\boxed{2}$."}
-TULU = {"id": "1", "dataset": "x", "messages": [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}]}
-IDEAL = {"ideal_answer": ["It does so because.", "Other wording."], "snippets": [{"text": "A study."}, {"text": "Two."}]}
+TURNS = [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}]
+TULU = {"id": "1", "dataset": "x", "messages": TURNS}
+IDEAL = {"ideal_answer": ["It does so because.", "Other."], "snippets": [{"text": "A study."}, {"text": "Two."}]}
 BIOASQ = {
     "yesno": {"type": "yesno", "body": "Does it?", "exact_answer": "Yes", **IDEAL},
     "factoid": {"type": "factoid", "body": "Which gene?", "exact_answer": ["BRCA1", "breast cancer 1"], **IDEAL},
@@ -63,9 +64,9 @@ def test_bioasq_snippets_come_before_the_question():
 
 
 def test_unknown_names_get_a_suggestion():
-    with pytest.raises(ConfigurationError, match='no task "gsm8".*Did you mean "gsm8k"'):
+    with pytest.raises(ConfigurationError, match=r'no task "gsm8".*Did you mean "gsm8k"'):
         get_task("gsm8")
-    with pytest.raises(DataFormatError, match='no type "yes-no".*Did you mean "yesno"'):
+    with pytest.raises(DataFormatError, match=r'no type "yes-no".*Did you mean "yesno"'):
         get_task("bioasq")({**BIOASQ["yesno"], "type": "yes-no"})
 
 
@@ -97,7 +98,7 @@ def test_the_challenges_file_is_read_and_formatted(tmp_path):
 
 
 def test_a_task_on_the_wrong_columns_names_the_missing_one():
-    with pytest.raises(DataFormatError, match=r"Row 0: the task needs the column 'question'; there are problem, solution"):
+    with pytest.raises(DataFormatError, match="Row 0: the task needs the column 'question'; there are problem"):
         format_rows(Dataset.from_list([MATH]), tiny_tokenizer(), task="gsm8k")
 
 
