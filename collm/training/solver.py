@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from tqdm import tqdm
 
 CHUNK = 8192  # rows that exist in float64 at once
 
@@ -28,9 +29,12 @@ def solve_head(
     num_assistants: int,
     l2: float,
     bias: bool = False,
-    start: Tensor | None = None,
+    start: Solution | None = None,
+    prepare: Callable[[Tensor], Tensor] = torch.Tensor.double,
+    device: torch.device | str = "cpu",
     max_iterations: int = 300,
     tolerance: float = 1e-7,
+    progress: str | None = None,
 ) -> Solution:
     r"""Minimise a loss of the logits z_t = W f_t over W, with features fixed, by L-BFGS in float64.
 
@@ -42,29 +46,38 @@ def solve_head(
     1. s_j, the root mean square of feature j, puts the penalty on effects rather than on units.
     2. The variables are V with W = V C^-1 diag(1/s), C C^T = F^T F / (4 N) in those units + lambda: the Hessian of the
        logistic loss at W = 0. L-BFGS then needs tens of steps instead of thousands, and W comes back exactly.
-    3. Rows turn into float64 chunk by chunk, on the device of `features`.
+    3. Rows turn into float64 chunk by chunk, so that `features` may be a memory-mapped file.
 
     Nothing is centred: without a bias that would be another model.
 
     Args:
-        features (`torch.Tensor` of shape `(N, F)`): float32 or float64.
+        features (`torch.Tensor` of shape `(N, F)`): float32 or float64, before `prepare`.
         loss_of_logits (callable): `(logits, rows)`, float64 logits `(n, K)` of the rows in the slice, to the sum of
             their losses divided by whatever makes it a mean over all N.
         num_assistants (`int`): K.
         l2 (`float`): lambda, at least 0.
         bias (`bool`, *optional*, defaults to `False`): one more feature, constantly 1.
-        start (`torch.Tensor` of shape `(K, F)`, *optional*): default zeros.
+        start ([`Solution`], *optional*): where to start; default zeros.
+        prepare (callable, *optional*): applied to every chunk of rows `(n, F)`, e.g. to standardise it.
+        device (`torch.device`, *optional*, defaults to `"cpu"`): where to compute; `logits` are there.
         max_iterations (`int`, *optional*, defaults to 300): of L-BFGS.
         tolerance (`float`, *optional*, defaults to 1e-7): largest entry of the gradient at which to stop.
+        progress (`str`, *optional*): title of a progress bar over passes through the features.
 
     Returns:
         [`Solution`].
     """
     # 1. and 2. Scale, then the square root of the curvature.
     columns = features.shape[1] + bias
-    gram = features.new_zeros(columns, columns, dtype=torch.float64)
-    for rows in _chunks(features):
-        chunk = _double(features, rows, bias)
+
+    def chunks() -> Iterator[tuple[slice, Tensor]]:
+        for first in range(0, len(features), CHUNK):
+            rows = slice(first, min(first + CHUNK, len(features)))
+            chunk = prepare(features[rows].to(device)).double()
+            yield rows, F.pad(chunk, (0, 1), value=1.0) if bias else chunk
+
+    gram = torch.zeros(columns, columns, dtype=torch.float64, device=device)
+    for _, chunk in chunks():
         gram.addmm_(chunk.T, chunk, alpha=1 / len(features))
     scale = gram.diagonal().sqrt()
     scale = torch.where(scale > 0, scale, 1.0)
@@ -82,8 +95,7 @@ def solve_head(
     def evaluate(v: Tensor) -> tuple[float, Tensor]:
         weight = to_weight(v)
         total, slope = 0.0, torch.zeros_like(weight)
-        for rows in _chunks(features):
-            chunk = _double(features, rows, bias)
+        for rows, chunk in chunks():
             logits = (chunk @ weight.T).requires_grad_()
             loss = loss_of_logits(logits, rows)
             slope += torch.autograd.grad(loss, logits)[0].T @ chunk
@@ -93,34 +105,37 @@ def solve_head(
         slope += l2 * penalised * scale
         return total, torch.linalg.solve_triangular(root, (slope / scale).T, upper=False).T
 
-    initial = features.new_zeros(num_assistants, columns, dtype=torch.float64)
+    initial = torch.zeros(num_assistants, columns, dtype=torch.float64, device=device)
     if start is not None:
-        initial[:, : start.shape[1]] = start
+        initial[:, : features.shape[1]] = start.weight
+        if bias and start.bias is not None:
+            initial[:, -1] = start.bias
     variables = to_variables(initial).contiguous().requires_grad_()
     optimiser = torch.optim.LBFGS(
         [variables], max_iter=max_iterations, max_eval=2 * max_iterations, tolerance_grad=tolerance,
         tolerance_change=1e-12, history_size=20, line_search_fn="strong_wolfe",
     )  # fmt: skip
-    losses: list[float] = []
+    with tqdm(desc=progress, unit=" passes", disable=progress is None) as bar:
 
-    def closure() -> float:
-        loss, variables.grad = evaluate(variables.detach())
-        losses.append(loss)
-        return loss
+        def closure() -> float:
+            loss, variables.grad = evaluate(variables.detach())
+            bar.set_postfix(loss=f"{loss:.5f}", refresh=False)
+            bar.update()
+            evaluations.append(loss)
+            return loss
 
-    optimiser.step(closure)  # type: ignore[arg-type]
-    weight = to_weight(variables.detach())
+        evaluations: list[float] = []
+        optimiser.step(closure)  # type: ignore[arg-type]
+    weight = to_weight(variables.detach()).cpu()
     loss, _ = evaluate(variables.detach())
-    return Solution(weight[:, : features.shape[1]], weight[:, -1] if bias else None, loss, len(losses) + 1)
+    return Solution(weight[:, : features.shape[1]], weight[:, -1] if bias else None, loss, len(evaluations) + 1)
 
 
-def _chunks(features: Tensor) -> list[slice]:
-    return [slice(i, i + CHUNK) for i in range(0, len(features), CHUNK)]
-
-
-def _double(features: Tensor, rows: slice, bias: bool) -> Tensor:
-    chunk = features[rows].double()
-    return F.pad(chunk, (0, 1), value=1.0) if bias else chunk
+def head_logits(features: Tensor, head: Solution, prepare: Callable[[Tensor], Tensor]) -> Tensor:
+    """Logits `(N, K)`, float64 on the CPU, of a solution on features `(N, F)`, chunk by chunk."""
+    chunks = [prepare(chunk).double() @ head.weight.T for chunk in features.split(CHUNK)]
+    logits = torch.cat(chunks)
+    return logits if head.bias is None else logits + head.bias
 
 
 def roc_auc(scores: Tensor, positive: Tensor) -> float:

@@ -14,11 +14,12 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import TrainerCallback
 
+from collm.configuration import DeferralConfig
 from collm.errors import ConfigurationError, did_you_mean
 from collm.losses import deferral_labels, log_deferral_probabilities
 
 from .distributed import from_main_process
-from .solver import Solution, roc_auc, solve_head
+from .solver import Solution, head_logits, roc_auc, solve_head
 from .targets import Collator, TargetData, collect_targets, deferral_model
 
 logger = logging.getLogger(__name__)
@@ -107,7 +108,6 @@ def z_initialise(
     Reference: Shen et al. (2024), section 3.2; the paper's code takes one epoch of AdamW at 2e-5 for step 4.
     """
     collm = deferral_model(model)
-    K = collm.config.deferral.num_assistants
     _check_weight(positive_weight)
 
     # 1. Score.
@@ -116,71 +116,83 @@ def z_initialise(
     scored = time.perf_counter()
 
     # 2. to 4. On the main process, where the data is.
-    result = None
+    fitted = None
     if len(data):
-        fitted, held = data.split(held_out)
-        if "uncertainty" in collm.config.deferral.features:
-            set_standardisation(collm.config.deferral, fitted.features[:, -4:])
-        labels, held_labels = (_labels(part, method, ignore_both_wrong) for part in (fitted, held))
-        weights = class_weights(labels, K, positive_weight)
-        solution = _solve(collm, fitted, labels, weights, l2)
-        judged, judged_labels = (held, held_labels) if (held_labels > 0).any() else (fitted, labels)
-        result = (
-            dict(collm.config.deferral),
-            solution and (solution.weight, solution.bias),
-            ZInitialization(
-                tokens=len(data),
-                label_rate=(labels > 0).sum().item() / max(1, (labels >= 0).sum().item()),
-                positive_weight=weights[1:].tolist(),
-                auc=_auc(collm, judged, judged_labels, solution),
-                held_out_tokens=len(judged) if judged is held else 0,
-                scoring_seconds=scored - began,
-                solving_seconds=time.perf_counter() - scored,
-                evaluations=solution.evaluations if solution else 0,
-            ),
-        )
+        fitted = fit_pseudo_labels(collm, data, method, ignore_both_wrong, positive_weight, l2, held_out)
+        fitted[1].scoring_seconds = scored - began
 
     # 5. Everybody writes the same.
-    settings, head, report = from_main_process(result)
-    for name in ("uncertainty_mean", "uncertainty_std"):
-        setattr(collm.config.deferral, name, settings[name])
-    if head is not None:
-        write_head(collm, *head)
+    settings, (solution, report) = from_main_process((dict(collm.config.deferral), fitted))
+    copy_standardisation(settings, collm.config.deferral)
+    if solution is not None:
+        write_head(collm, solution.weight, solution.bias)
     return report
 
 
-def _solve(collm: Any, data: TargetData, labels: Tensor, weights: Tensor, l2: float) -> Solution | None:
-    kept = labels >= 0
-    if labels[kept].unique().numel() < 2:
-        logger.warning(
-            "Z-initialisation: all %d labels are %s, so that there is nothing to separate; the head stays as it was.",
-            int(kept.sum()), "the base" if not (labels > 0).any() else "an assistant",
-        )  # fmt: skip
-        return None
-    device = collm.device
-    features = collm.standardise(data.features[kept]).to(device)
-    labels, weights = labels[kept].to(device), weights.to(device, torch.float64)
-    total = weights[labels].sum()
+def fit_pseudo_labels(
+    collm: Any,
+    data: TargetData,
+    method: str = "a",
+    ignore_both_wrong: bool = False,
+    positive_weight: float | str = 8.0,
+    l2: float = DEFAULT_L2,
+    held_out: float = 0.1,
+) -> tuple[Solution | None, ZInitialization]:
+    """Steps 2 to 4 of [`z_initialise`] on scored targets: sets the standardisation, solves, writes no head yet."""
+    began = time.perf_counter()
+    deferral = collm.config.deferral
+    fitted, held = data.split(held_out)
 
-    def cross_entropy(logits: Tensor, rows: slice) -> Tensor:
-        return F.nll_loss(log_deferral_probabilities(logits), labels[rows], weights, reduction="sum") / total
+    # 2. Standardise.
+    if "uncertainty" in deferral.features:
+        set_standardisation(deferral, fitted.features[:, -4:])
 
-    return solve_head(features, cross_entropy, collm.config.deferral.num_assistants, l2, collm.config.deferral.bias)
+    # 3. Label.
+    labels, held_labels = (
+        deferral_labels(part.base_correct, part.assistant_correct, part.assistant_logprobs, method, ignore_both_wrong)
+        for part in (fitted, held)
+    )
+    weights = class_weights(labels, deferral.num_assistants, positive_weight)
 
-
-def _labels(data: TargetData, method: str, ignore_both_wrong: bool) -> Tensor:
-    return deferral_labels(
-        data.base_correct, data.assistant_correct, data.assistant_logprobs, method, ignore_both_wrong
+    # 4. Solve, and judge on what was held out, where that has labels of both kinds.
+    solution = _solve(collm, fitted, labels, weights, l2)
+    judged, judged_labels = (held, held_labels) if (held_labels > 0).any() else (fitted, labels)
+    auc = float("nan")
+    if solution is not None:
+        scores = torch.logsumexp(head_logits(judged.features, solution, collm.standardise), -1)
+        auc = roc_auc(scores[judged_labels >= 0], judged_labels[judged_labels >= 0] > 0)
+    return solution, ZInitialization(
+        tokens=len(data),
+        label_rate=(labels > 0).sum().item() / max(1, (labels >= 0).sum().item()),
+        positive_weight=weights[1:].tolist(),
+        auc=auc,
+        held_out_tokens=len(judged) if judged is held else 0,
+        scoring_seconds=0.0,
+        solving_seconds=time.perf_counter() - began,
+        evaluations=solution.evaluations if solution else 0,
     )
 
 
-def _auc(collm: Any, data: TargetData, labels: Tensor, solution: Solution | None) -> float:
-    if solution is None:
-        return float("nan")
-    logits = collm.standardise(data.features).double() @ solution.weight.cpu().T
-    if solution.bias is not None:
-        logits = logits + solution.bias.cpu()
-    return roc_auc(torch.logsumexp(logits, -1)[labels >= 0], labels[labels >= 0] > 0)
+def _solve(collm: Any, data: TargetData, labels: Tensor, weights: Tensor, l2: float) -> Solution | None:
+    present = labels[labels >= 0].unique()
+    if len(present) < 2:
+        logger.warning(
+            "Z-initialisation: all %d labels are %s, so that there is nothing to separate; the head stays as it was.",
+            len(labels), "the base" if not (present > 0).any() else "an assistant",
+        )  # fmt: skip
+        return None
+    deferral, device = collm.config.deferral, collm.device
+    labels, weights = labels.to(device), weights.to(device, torch.float64)
+    total = weights[labels[labels >= 0]].sum()
+
+    def cross_entropy(logits: Tensor, rows: slice) -> Tensor:
+        log_pi = log_deferral_probabilities(logits)
+        return F.nll_loss(log_pi, labels[rows], weights, ignore_index=-1, reduction="sum") / total
+
+    return solve_head(
+        data.features, cross_entropy, deferral.num_assistants, l2, deferral.bias,
+        prepare=collm.standardise, device=device,
+    )  # fmt: skip
 
 
 def class_weights(labels: Tensor, num_assistants: int, positive_weight: float | str) -> Tensor:
@@ -204,11 +216,17 @@ def _check_weight(positive_weight: float | str) -> None:
         raise ConfigurationError(f"positive_weight is {positive_weight}; it must be greater than 0.")
 
 
-def set_standardisation(deferral: Any, uncertainty: Tensor) -> None:
+def set_standardisation(deferral: DeferralConfig, uncertainty: Tensor) -> None:
     """Measure mean and standard deviation of uncertainty features `(N, 4)` into a `DeferralConfig`."""
     std, mean = torch.std_mean(uncertainty.double(), dim=0, correction=0)
     deferral.uncertainty_mean = mean.tolist()
     deferral.uncertainty_std = torch.where(std > 1e-6, std, 1.0).tolist()
+
+
+def copy_standardisation(settings: dict[str, Any], deferral: DeferralConfig) -> None:
+    """Take over the standardisation that another process measured."""
+    deferral.uncertainty_mean = settings["uncertainty_mean"]
+    deferral.uncertainty_std = settings["uncertainty_std"]
 
 
 @torch.no_grad()
