@@ -276,11 +276,19 @@ class Decoder:
 
         Known are the steps from the first that waits for it to the one behind the last token that it has read.
         """
+        known: dict[tuple[int, int, int], Tensor] = {}
+        first = {row.index: self.first_wait(reader, row) or 0 for row in rows}
+        for row in rows:  # another assistant's turn may have brought this reader up to the step already
+            if reader in row.ahead and row.ahead[reader][0] == first[row.index]:
+                known[row.index, first[row.index], reader] = row.ahead[reader][1]
+        rows = [row for row in rows if self.unread(reader, row)]
         chunks = [self.unread(reader, row) for row in rows]
         last = [self.seen(reader, row) + len(chunk) for row, chunk in zip(rows, chunks, strict=True)]
-        known = [end - self.first_wait(reader, row) + 1 for row, end in zip(rows, last, strict=True)]  # type: ignore
+        keep = [min(end - first[r.index] + 1, len(chunk)) for r, end, chunk in zip(rows, last, chunks, strict=True)]
+        if not rows:
+            return known
         try:
-            reading = self.readers[reader].read([row.index for row in rows], chunks, max(known))
+            reading = self.readers[reader].read([row.index for row in rows], chunks, max(keep))
         except Exception as error:
             problem = self.failure(reader, rows, f"raised {type(error).__name__}: {error}")
             if not self.fall_back:
@@ -291,11 +299,8 @@ class Decoder:
         logits = _fit(reading.logits.to(self.device), rows[0].waiting[0].base_logits.shape[-1])
         for i, row in enumerate(rows):
             row.ahead[reader] = (last[i], logits[i, -1])
-        return {
-            (row.index, last[i] - back, reader): logits[i, -1 - back]
-            for i, row in enumerate(rows)
-            for back in range(known[i])
-        }
+            known.update({(row.index, last[i] - back, reader): logits[i, -1 - back] for back in range(keep[i])})
+        return known
 
     def settle(self, drafts: list[tuple[Row, Waiting]], logits: dict[tuple[int, int, int], Tensor]) -> None:
         """Choose the tokens that waited; overwrite the first stand-in of each row that was wrong."""
