@@ -41,6 +41,8 @@ class Run:
         scores (`list[np.ndarray]`): for each text, the router's score of every token, float64; a token is asked about
         where
             its score exceeds the threshold. For the learned head the score is d_t.
+        asked (`list[int]`, *optional*): for each text, how many tokens were deferred in fact; by default, how many scores
+            exceed the threshold.
         realised (`bool`, *optional*, defaults to `True`): whether the texts were generated at this threshold.
         References
             and the like start a calibration but prove no rate.
@@ -48,12 +50,15 @@ class Run:
 
     threshold: float
     scores: list[np.ndarray]
+    asked: list[int] | None = None
     realised: bool = True
 
     def __post_init__(self) -> None:
         self.sorted = np.sort(np.concatenate([np.asarray(s, dtype=np.float64) for s in self.scores] or [np.empty(0)]))
         if self.sorted.size == 0:
             raise CalibrationError("a run without a single token says nothing about a threshold")
+        if self.asked is None:
+            self.asked = [int((np.asarray(s) > self.threshold).sum()) for s in self.scores]
 
     def share_above(self, thresholds: Any) -> Any:
         """Share of this run's tokens whose score is above each threshold: what other thresholds would do on its
@@ -64,11 +69,11 @@ class Run:
     @property
     def rate(self) -> float:
         """`float`: the share of tokens deferred."""
-        return float(self.share_above(self.threshold))
+        return sum(self.asked or []) / self.sorted.size
 
     def interval(self, level: float = 0.95, resamples: int = 2000, seed: int = 0) -> tuple[float, float]:
         """Bootstrap interval of the rate, whole texts resampled: tokens of one text are not independent."""
-        asked = np.array([(s > self.threshold).sum() for s in self.scores], dtype=np.float64)
+        asked = np.array(self.asked, dtype=np.float64)
         tokens = np.array([len(s) for s in self.scores], dtype=np.float64)
         chosen = np.random.default_rng(seed).integers(0, len(tokens), (resamples, len(tokens)))
         rates = asked[chosen].sum(axis=1) / np.maximum(tokens[chosen].sum(axis=1), 1)

@@ -15,6 +15,8 @@ from collm.errors import CoLLMError, did_you_mean
 # command -> (module of collm.commands, one line of help; listed without importing anything)
 COMMANDS: dict[str, tuple[str, str]] = {
     "score": ("score", "write what the assistants say about a data set, token by token; killed, it goes on where it was"),
+    "calibrate": ("calibrate", "measure thresholds for deferral rates on what the models write together"),
+    "eval": ("eval", "measure quality, deferral rate and cost on a task; generations are kept, and a killed run goes on"),
 }
 
 REPORTED_PACKAGES = (

@@ -1,0 +1,104 @@
+"""Runs for a calibration: texts that the pair writes at a threshold, and the router's score of every token in them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from collm.calibration import Run
+from collm.evaluation.generations import Generation, GenerationStore
+from collm.evaluation.likelihood import base_uncertainty, router_scores
+from collm.evaluation.runner import ModelWriter, Problem, generate_all
+
+CUT_ROUTERS = {"entropy": 1, "top_probability": -1, "margin": -1}  # name -> sign between its cut and our threshold
+
+
+@dataclass
+class Trajectory:
+    """
+    `trajectory(threshold)` generates all problems at that threshold and returns the [`Run`] for
+    [`~collm.calibration.calibrate_rates`]; texts are kept, by threshold, in `generations`.
+
+    Args:
+        writer ([`ModelWriter`]): base, assistants and everything that does not change between runs; its options say
+        nothing
+            of router and threshold.
+        problems (sequence of [`Problem`]): on which to calibrate.
+        router (mapping, *optional*, defaults to `{"name": "learned"}`): the router and its parameters, without a cut.
+        folder (`Path`, *optional*): where each run is kept as JSON lines, so that a killed calibration goes on.
+        settings (mapping, *optional*): what the texts depend on, for the store.
+    """
+
+    writer: ModelWriter
+    problems: Sequence[Problem]
+    router: Mapping[str, Any] = field(default_factory=lambda: {"name": "learned"})
+    batch_size: int = 8
+    folder: Path | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    generations: dict[float, list[Generation]] = field(default_factory=dict, init=False)
+
+    def options(self, threshold: float) -> dict[str, Any]:
+        """Arguments of `generate` that ask where this router's score exceeds `threshold`; infinite never asks."""
+        if np.isinf(threshold):
+            return {"router": "never"} if threshold > 0 else {"router": "always"}
+        name = self.router["name"]
+        if name in CUT_ROUTERS:
+            return {"router": {**self.router, "cut": CUT_ROUTERS[name] * threshold}}
+        return {"router": dict(self.router), "threshold": threshold}
+
+    def __call__(self, threshold: float) -> Run:
+        options = self.options(threshold)
+        writer = ModelWriter(
+            self.writer.model,
+            self.writer.tokenizer,
+            self.writer.assistants,
+            {**self.writer.options, **options},
+            self.writer.max_new_tokens,
+            self.writer.seed,
+        )
+        path = self.folder / f"{self.router['name']}-{threshold:.9g}.jsonl" if self.folder else None
+        store = GenerationStore(path, {**self.settings, "decoding": {**self.writer.options, **options}})
+        shown = f"{self.router['name']} at {threshold:.4g}"
+        generations = generate_all(writer, self.problems, store, self.batch_size, shown)
+        self.generations[threshold] = generations
+        scores = self.scores(generations)
+        return Run(threshold, scores, asked=[generation.deferred for generation in generations])
+
+    def scores(self, generations: Sequence[Generation]) -> list[np.ndarray]:
+        """The router's score of every generated token, one array per text."""
+        name, parameters = self.router["name"], {k: v for k, v in self.router.items() if k != "name"}
+        probabilities = [np.array(g.deferral_probs, dtype=np.float64) for g in generations]
+        uncertainties: Sequence[dict[str, np.ndarray] | None] = [None] * len(generations)
+        if name in CUT_ROUTERS:
+            uncertainties = base_uncertainty(self.writer.model, texts_of(self.problems, generations))
+        return [
+            router_scores(name, d, uncertainty, **parameters)
+            for d, uncertainty in zip(probabilities, uncertainties, strict=True)
+        ]
+
+
+def texts_of(problems: Sequence[Problem], generations: Sequence[Generation]) -> list[tuple[list[int], list[int]]]:
+    """Prompt and generated tokens as one text each, the generated tokens its targets."""
+    return [
+        (problem.prompt_ids + g.token_ids, [-100] * len(problem.prompt_ids) + g.token_ids)
+        for problem, g in zip(problems, generations, strict=True)
+    ]
+
+
+def reference_run(model: Any, texts: Sequence[tuple[list[int], list[int]]]) -> Run:
+    """d_t along reference texts: where a calibration of the head can begin without generating anything."""
+    import torch
+
+    from collm.losses import deferral_probabilities
+
+    scores = []
+    for ids, labels in texts:
+        own = model.score_targets(
+            torch.tensor([ids], device=model.device), labels=torch.tensor([labels], device=model.device)
+        )
+        scores.append((1 - deferral_probabilities(own.deferral_logits)[:, 0]).cpu().numpy().astype(np.float64))
+    return Run(np.inf, scores, realised=False)

@@ -1,0 +1,164 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from conftest import save_plain, tiny_collm, tiny_model, tiny_tokenizer
+
+from collm import CoLLMForCausalLM
+from collm.cli import main
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A deferral checkpoint, its assistant and problems, as a user has them on disk."""
+    folder = tmp_path_factory.mktemp("models")
+    model = tiny_collm()
+    # Features of a random model are large: scale the head so that d spreads over (0, 1).
+    model.deferral_head.weight.data.mul_(0.3)
+    save_plain(model, folder / "base")
+    save_plain(tiny_model(seed=5), folder / "big")
+    with open(folder / "data.jsonl", "w") as file:
+        for i in range(24):
+            row = {"question": f"w{i} w{i % 5} {i % 10} + {i % 7} =", "answer": f"w{i % 6} w3 = #### {i % 10}"}
+            file.write(json.dumps(row) + "\n")
+    return folder
+
+
+def run(folder, command: str, *options: str) -> int:
+    return main(
+        [command, str(folder / "base"), "--assistant", str(folder / "big"), "--data", str(folder / "data.jsonl"),
+         "--task", "gsm8k", "--max-new-tokens", "16", *options]
+    )  # fmt: skip
+
+
+def last_json(capsys) -> dict:
+    return json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+
+
+def test_calibrate_then_evaluate_at_a_rate(folder, tmp_path, capsys):
+    rates = ["--rates", "0.2", "0.4"]
+    assert run(folder, "calibrate", *rates, "--target-rate", "0.3", "--output", str(tmp_path / "c")) == 0
+    said = last_json(capsys)
+    deferral = CoLLMForCausalLM.from_pretrained(folder / "base").config.deferral
+    assert [row["rate"] for row in deferral.calibration] == pytest.approx([0.2, 0.3, 0.4], abs=0.05)
+    assert deferral.threshold == pytest.approx(said["threshold"])
+    assert deferral.assistants == [str(folder / "big")]
+    saved = json.loads((tmp_path / "c" / "calibration.json").read_text())
+    assert saved["calibration"] == deferral.calibration
+    assert "Thresholds for deferral rates" in (tmp_path / "c" / "calibration.html").read_text()
+
+    # On the prompts it was calibrated on, the rate is the measured one: greedy texts are the same.
+    rate = deferral.calibration[1]["rate"]
+    assert run(folder, "eval", "--deferral-rate", str(rate), "--output", str(tmp_path / "e")) == 0
+    result = last_json(capsys)
+    assert result["deferral_rate"] == pytest.approx(rate, abs=0.03)
+    assert result["problems"] == 24
+    report = (tmp_path / "e" / "report.html").read_text()
+    assert "Which tokens are deferred" in report
+    lines = (tmp_path / "e" / "generations.jsonl").read_text().splitlines()
+    assert len(lines) == 25
+
+    # Again: nothing is generated, the same result; another threshold is refused.
+    assert run(folder, "eval", "--deferral-rate", str(rate), "--output", str(tmp_path / "e")) == 0
+    assert last_json(capsys) == result
+    assert (tmp_path / "e" / "generations.jsonl").read_text().splitlines() == lines
+    assert run(folder, "eval", "--threshold", "0.9", "--output", str(tmp_path / "e")) == 2
+    assert "other settings" in capsys.readouterr().err
+
+
+def test_calibrated_texts_are_kept_and_used_again(folder, tmp_path, capsys, monkeypatch):
+    options = ["--rates", "0.3", "--limit", "8", "--output", str(tmp_path), "--dry-run"]
+    before = (folder / "base" / "config.json").read_text()
+    assert run(folder, "calibrate", *options) == 0
+    first = last_json(capsys)
+    assert list((tmp_path / "texts").glob("learned-*.jsonl"))
+    monkeypatch.setattr(CoLLMForCausalLM, "generate", lambda *_, **__: pytest.fail("generated again"))
+    assert run(folder, "calibrate", *options) == 0
+    assert last_json(capsys) == first
+    assert (folder / "base" / "config.json").read_text() == before
+
+
+def test_calibrate_by_metric_and_by_roc(folder, tmp_path, capsys):
+    few = ["--rates", "0.3", "--limit", "12", "--dry-run", "--output"]
+    assert run(folder, "calibrate", *few, str(tmp_path / "m"), "--metric", "gsm8k") == 0
+    saved = json.loads((tmp_path / "m" / "calibration.json").read_text())
+    assert saved["threshold"] in [point["threshold"] for point in saved["by_metric"]["points"]]
+    assert run(folder, "calibrate", *few, str(tmp_path / "r"), "--roc") == 0
+    saved = json.loads((tmp_path / "r" / "calibration.json").read_text())
+    assert saved["threshold"] == saved["roc"]["youden"]["threshold"]
+    assert 0 <= saved["roc"]["auc"] <= 1
+    assert "<svg" in (tmp_path / "r" / "calibration.html").read_text()
+    assert run(folder, "calibrate", *few, str(tmp_path / "x"), "--roc", "--metric", "gsm8k") == 2
+    assert "metric and roc" in capsys.readouterr().err
+
+
+def test_calibrate_says_early_that_it_cannot_save(folder, capsys):
+    assert main(["calibrate", "org/name", "--data", str(folder / "data.jsonl")]) == 2
+    assert "hf download" in capsys.readouterr().err
+
+
+def test_each_model_alone(folder, tmp_path, capsys):
+    for alone, name in (("base", "base"), ("assistant", "big")):
+        assert run(folder, "eval", "--alone", alone, "--limit", "3", "--output", str(tmp_path / alone)) == 0
+        assert last_json(capsys)["deferral_rate"] == 0
+        assert name in (tmp_path / alone / "report.html").read_text()
+        settings = json.loads((tmp_path / alone / "results.json").read_text())["settings"]
+        assert settings["names"] == [name]
+
+
+def test_perplexity_of_the_mixture(folder, tmp_path, capsys):
+    assert run(folder, "eval", "--perplexity", "--output", str(tmp_path)) == 0
+    result = last_json(capsys)
+    assert result["texts"] == 24
+    assert result["mixture"]["perplexity"] > 1
+    # With d = 1/2 everywhere the mixture is the even one.
+    model = CoLLMForCausalLM.from_pretrained(folder / "base")
+    model.deferral_head.weight.data.zero_()
+    save_plain(model, folder / "even")
+    options = ["--assistant", str(folder / "big"), "--data", str(folder / "data.jsonl"), "--task", "gsm8k"]
+    assert main(["eval", str(folder / "even"), *options, "--perplexity", "--output", str(tmp_path / "2")]) == 0
+    even = last_json(capsys)
+    assert even["mean_deferral_probability"] == 0.5
+    assert even["base"] == result["base"]
+    assert even["mixture"]["nats_per_token"] < max(
+        even["base"]["nats_per_token"], even["assistant_1"]["nats_per_token"]
+    )
+
+
+def test_a_metric_is_needed(folder, tmp_path, capsys):
+    (tmp_path / "d.jsonl").write_text('{"prompt": "w1", "answer": "w2"}\n')
+    common = ["eval", str(folder / "base"), "--assistant", str(folder / "big"), "--data", str(tmp_path / "d.jsonl")]
+    assert main([*common, "--output", str(tmp_path / "o")]) == 2
+    assert "no metric" in capsys.readouterr().err
+    few = ["--metric", "exact_match", "--max-new-tokens", "4"]
+    assert main([*common, "--output", str(tmp_path / "o"), *few]) == 0
+
+
+def test_the_number_of_assistants_is_checked(folder, tmp_path, capsys):
+    two = ["--assistant", str(folder / "big"), "--output", str(tmp_path)]
+    assert run(folder, "eval", *two) == 2
+    assert "a head for 1 assistant; 2 given" in capsys.readouterr().err
+
+
+def test_sampling_reproduces_with_its_seed(folder, tmp_path, capsys):
+    texts = []
+    for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
+        options = ["--temperature", "1.0", "--seed", seed, "--limit", "6", "--output", str(tmp_path / name)]
+        assert run(folder, "eval", *options) == 0
+        lines = (tmp_path / name / "generations.jsonl").read_text().splitlines()[1:]
+        texts.append([json.loads(line)["token_ids"] for line in lines])
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_head_only_checkpoints_take_the_tokenizer_of_their_base(folder, tmp_path):
+    from collm.checkpoints import save_head_only
+    from collm.evaluation.loading import load_models
+
+    model = CoLLMForCausalLM.from_pretrained(folder / "base")
+    model.config.deferral.base_model = str(save_plain(tiny_model(), tmp_path / "plain"))
+    save_head_only(model, tmp_path / "head")
+    loaded = load_models(str(tmp_path / "head"), [str(folder / "big")])
+    assert loaded.tokenizer.get_vocab() == tiny_tokenizer().get_vocab()
+    assert torch.equal(loaded.model.deferral_head.weight, model.deferral_head.weight)
