@@ -56,8 +56,11 @@ class DeferralConfig(dict):
         self.validate()
 
     def __setattr__(self, name: str, value: Any) -> None:
-        object.__setattr__(self, name, value)
         self[name] = value
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+        super().__setitem__(name, value)
 
     @classmethod
     def from_any(cls, value: DeferralConfig | Mapping[str, Any] | None) -> DeferralConfig:
@@ -89,7 +92,9 @@ class DeferralConfig(dict):
                 f"{did_you_mean(str(self.objective), OBJECTIVES)}"
             )
         if not self.deferral_cost >= 0:
-            raise ConfigurationError(f"deferral_cost is in nats per deferred token, at least 0; got {self.deferral_cost}.")
+            raise ConfigurationError(
+                f"deferral_cost is in nats per deferred token, at least 0, not {self.deferral_cost}."
+            )
         if self.assistants and len(self.assistants) != self.num_assistants:
             raise ConfigurationError(
                 f"{len(self.assistants)} assistants are named ({', '.join(self.assistants)}) but num_assistants is "

@@ -7,6 +7,7 @@ float32 log space whatever the dtype of the inputs. K is the number of assistant
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,8 +16,12 @@ from torch.nn import functional as F
 from .errors import ConfigurationError, did_you_mean
 
 LABEL_METHODS = ("a", "b")
-# Below this, entropy and 1 - top probability are rounding noise of a float32 softmax (and of bfloat16 logits long before).
+# Below this, entropy and 1 - top probability are rounding noise of a float32 softmax (of bfloat16 logits long before).
 SMALLEST_UNCERTAINTY = 1e-6
+# Stands for -inf, so that a token that no writer can produce has a huge loss and a zero gradient instead of a nan.
+LOWEST_LOGPROB = -1e30
+# Numbers in a temporary of the entropy: 16 MiB in float32, which a CPU's allocator hands out again without page faults.
+ENTROPY_BLOCK = 2**22
 
 
 def log_deferral_probabilities(deferral_logits: Tensor) -> Tensor:
@@ -29,8 +34,7 @@ def log_deferral_probabilities(deferral_logits: Tensor) -> Tensor:
         `torch.Tensor` of shape `(..., K + 1)`, float32 (float64 stays): column 0 is the base, column k assistant k.
         For K = 1, column 1 is log sigmoid(w . f_t), equation 2 of Shen et al. (2024).
     """
-    logits = deferral_logits if deferral_logits.dtype == torch.float64 else deferral_logits.float()
-    return F.log_softmax(F.pad(logits, (1, 0)), dim=-1)
+    return F.log_softmax(F.pad(deferral_logits, (1, 0)), dim=-1, dtype=_exact(deferral_logits))
 
 
 def deferral_probabilities(deferral_logits: Tensor) -> Tensor:
@@ -40,10 +44,10 @@ def deferral_probabilities(deferral_logits: Tensor) -> Tensor:
 
 def log_joint(base_logprobs: Tensor, assistant_logprobs: Tensor, deferral_logits: Tensor) -> Tensor:
     """log pi(k | x_<t) + log P_k(x_t | x_<t), shape `(N, K + 1)`: its logsumexp is the marginal log-likelihood of a
-    token, its softmax the posterior of who wrote it."""
+    token, its softmax the posterior of who wrote it. -inf becomes -1e30."""
     log_pi = log_deferral_probabilities(deferral_logits)
     log_p = torch.cat([base_logprobs.to(log_pi.dtype).unsqueeze(-1), assistant_logprobs.to(log_pi.dtype)], dim=-1)
-    return log_pi + log_p
+    return log_pi + log_p.clamp_min(LOWEST_LOGPROB)
 
 
 def marginal_likelihood_loss(
@@ -115,11 +119,14 @@ def weak_supervision_loss(
 
 def mean_over_targets(per_token: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
     """Sum over target tokens divided by the target tokens of the whole optimiser step (default: those given)."""
-    if num_items_in_batch is None:
-        num_items_in_batch = max(1, per_token.numel())
-    elif isinstance(num_items_in_batch, Tensor):
-        num_items_in_batch = num_items_in_batch.to(per_token.device)
-    return per_token.sum() / num_items_in_batch
+    return divide_by_targets(per_token.sum(), per_token.numel(), num_items_in_batch)
+
+
+def divide_by_targets(summed: Tensor, given: int, num_items_in_batch: Tensor | int | None) -> Tensor:
+    """[`mean_over_targets`] of a sum over `given` target tokens."""
+    if isinstance(num_items_in_batch, Tensor):
+        return summed / num_items_in_batch.to(summed.device)
+    return summed / (max(1, given) if num_items_in_batch is None else num_items_in_batch)
 
 
 def deferral_labels(
@@ -173,13 +180,57 @@ def uncertainty_features(logits: Tensor) -> Tensor:
         `torch.Tensor` of shape `(..., 4)`, float32, without gradient: entropy (nats), log entropy, top probability,
         log(1 - top probability). Entropy and 1 - top probability are bounded below by 1e-6 inside the logarithms.
     """
-    shifted = logits.float()
-    shifted = (shifted - shifted.amax(-1, keepdim=True)).clamp_min_(-1e4)  # 0 * -inf would be nan
-    weights = shifted.exp()
-    total = weights.sum(-1)
-    entropy = (total.log() - shifted.mul_(weights).sum(-1) / total).clamp_min(0.0)
-    rest = ((total - 1) / total).clamp_min(SMALLEST_UNCERTAINTY)
-    return torch.stack([entropy, entropy.clamp_min(SMALLEST_UNCERTAINTY).log(), 1 / total, rest.log()], dim=-1)
+    rows = logits.reshape(-1, logits.shape[-1])
+    blocks = [F.log_softmax(block, dim=-1, dtype=_exact(block)) for block in rows.split(_rows_per_block(rows))]
+    features = torch.cat([_uncertainty(logprobs, logprobs.amax(-1)) for logprobs in blocks])
+    return features.view(*logits.shape[:-1], 4)
+
+
+def _uncertainty(logprobs: Tensor, top: Tensor) -> Tensor:
+    """[`uncertainty_features`] `(rows, 4)` from log-probabilities `(rows, vocabulary)` and their maxima `(rows,)`."""
+    blocks = logprobs.split(_rows_per_block(logprobs))
+    entropy = -torch.cat([block.exp().mul_(block).nansum(-1) for block in blocks])  # nansum: 0 * log 0 is nan
+    log_entropy = entropy.clamp_min(SMALLEST_UNCERTAINTY).log()
+    log_rest = (-torch.expm1(top)).clamp_min(SMALLEST_UNCERTAINTY).log()
+    return torch.stack([entropy.clamp_min(0.0), log_entropy, top.exp(), log_rest], dim=-1).float()
+
+
+def _rows_per_block(rows: Tensor) -> int:
+    return max(1, ENTROPY_BLOCK // rows.shape[-1])
+
+
+class TokenStatistics(torch.autograd.Function):
+    """What a loss needs of a block of logits, in as few passes over the vocabulary and as little memory as possible.
+
+    `TokenStatistics.apply(logits, tokens)` with `(N, vocabulary)` logits and `(N,)` token ids returns, in this order:
+
+    1. log-probabilities of the tokens, `(N,)` float32, the only differentiable output (its backward works in place);
+    2. whether the token is the argmax, `(N,)` bool;
+    3. [`uncertainty_features`], `(N, 4)` float32.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        logprobs = F.log_softmax(logits, dim=-1, dtype=_exact(logits))
+        top, argmax = logprobs.max(-1)
+        correct, uncertainty = argmax == tokens, _uncertainty(logprobs, top)
+        ctx.save_for_backward(logprobs, tokens)
+        ctx.dtype = logits.dtype
+        ctx.mark_non_differentiable(correct, uncertainty)
+        return logprobs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1), correct, uncertainty
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor, *_: Any) -> tuple[Tensor, None]:  # type: ignore[override]
+        logprobs, tokens = ctx.saved_tensors
+        gradient = gradient.unsqueeze(-1)
+        of_logits = logprobs.exp_().mul_(-gradient)  # d log p_x / d logits = onehot(x) - p
+        return of_logits.scatter_add_(-1, tokens.unsqueeze(-1), gradient).to(ctx.dtype), None
+
+
+def _exact(values: Tensor) -> torch.dtype:
+    """The dtype to compute in: float32, unless float64 came in."""
+    return torch.float64 if values.dtype == torch.float64 else torch.float32
 
 
 def collapse_warning(mean_deferral: float, deferral_cost: float) -> str | None:
@@ -194,5 +245,6 @@ def collapse_warning(mean_deferral: float, deferral_cost: float) -> str | None:
     return (
         f"The mean deferral probability is {mean_deferral:.3f} and deferral_cost is 0: the head is collapsing to "
         "'always defer', and the order of its scores means nothing there. This happens on text that the assistant "
-        "wrote itself, or where it is better throughout. Set deferral_cost to about 0.2 nats, or train on reference text."
+        "wrote itself, or where it is better throughout. Set deferral_cost to about 0.2 nats, or train on reference "
+        "text."
     )

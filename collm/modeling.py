@@ -1,8 +1,9 @@
 """`CoLLMForCausalLM`: any decoder-only architecture of transformers with a deferral head.
 
-It is a mixin over the architecture's own class. For a Llama checkpoint, `CoLLMForCausalLM.from_pretrained` builds (once)
-`class CoLLMLlamaForCausalLM(CoLLMForCausalLM, LlamaForCausalLM)`, so that everything transformers, PEFT, accelerate and
-DeepSpeed know about Llama holds for it, and its checkpoint is an ordinary Llama checkpoint plus `deferral_head.weight`.
+It is a mixin over the architecture's own class. For a Llama checkpoint, `CoLLMForCausalLM.from_pretrained` builds
+(once) `class CoLLMLlamaForCausalLM(CoLLMForCausalLM, LlamaForCausalLM)`, so that everything transformers, PEFT,
+accelerate and DeepSpeed know about Llama holds for it, and its checkpoint is an ordinary Llama checkpoint plus
+`deferral_head.weight`.
 """
 
 from __future__ import annotations
@@ -11,13 +12,12 @@ import dataclasses
 import functools
 import inspect
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -33,16 +33,18 @@ from .configuration import DeferralConfig
 from .decoding.generation import CollaborativeGenerationMixin
 from .errors import ConfigurationError, UnsupportedModelError
 from .losses import (
+    TokenStatistics,
     deferral_labels,
+    divide_by_targets,
     log_joint,
     marginal_likelihood_loss,
-    mean_over_targets,
     uncertainty_features,
     weak_supervision_loss,
 )
 
-# Logits that exist at once while a loss is computed: 128 MiB in float32, about 220 positions of a 150k vocabulary.
-LOGITS_PER_CHUNK = 2**25
+# Logits that exist at once while a loss is computed: 256 MiB in float32, about 440 positions of a 150k vocabulary.
+# Fewer cost time (each chunk reads the LM head and adds to its gradient), more cost memory: benchmarks/loss.
+LOGITS_PER_CHUNK = 2**26
 
 
 class TargetScores(NamedTuple):
@@ -59,17 +61,28 @@ class TargetScores(NamedTuple):
     base_logprobs: Tensor
     base_correct: Tensor
     deferral_logits: Tensor
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]
 
 
-class _Chunk(NamedTuple):
-    base_logprobs: Tensor
-    deferral_logits: Tensor
-    base_correct: Tensor
+class _Scores(NamedTuple):
+    """Of N target tokens; see [`TargetScores`]."""
+
     features: Tensor
+    base_logprobs: Tensor
+    base_correct: Tensor
+    deferral_logits: Tensor
 
 
-class CoLLMForCausalLM(CollaborativeGenerationMixin):
+if TYPE_CHECKING:
+
+    class _Mixin(CollaborativeGenerationMixin, PreTrainedModel):
+        """What it is always mixed into."""
+
+else:
+    _Mixin = CollaborativeGenerationMixin
+
+
+class CoLLMForCausalLM(_Mixin):
     """A causal language model that knows when to ask: the architecture's own class plus `deferral_head`.
 
     Never instantiated by itself: use [`from_pretrained`], [`from_config`] or [`from_base`], which return an instance of
@@ -85,12 +98,14 @@ class CoLLMForCausalLM(CollaborativeGenerationMixin):
     """
 
     base_class: type[PreTrainedModel]  # the architecture's own class, set on each CoLLM<Base>
+    # float32 beside a bfloat16 base, and (by the first) left alone by quantisation.
+    _keep_in_fp32_modules = ["deferral_head"]
     _keep_in_fp32_modules_strict = ["deferral_head"]
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         if type(self) is CoLLMForCausalLM:
             raise ConfigurationError(
-                "CoLLMForCausalLM is a mixin over an architecture's own class: call CoLLMForCausalLM.from_pretrained(name), "
+                "CoLLMForCausalLM is a mixin over an architecture's own class: call its from_pretrained(name), "
                 "from_config(config) or from_base(model) instead of the class itself."
             )
         super().__init__(config, *args, **kwargs)
@@ -101,8 +116,8 @@ class CoLLMForCausalLM(CollaborativeGenerationMixin):
         lm_head = self.get_output_embeddings()
         if lm_head is None or self.base_model is self:
             raise UnsupportedModelError(
-                f"{self.base_class.__name__} has no LM head over a decoder (`{self.base_model_prefix}`): a deferral head "
-                "reads what the LM head reads. Take a decoder-only language model."
+                f"{self.base_class.__name__} has no LM head over a decoder (`{self.base_model_prefix}`), and a "
+                "deferral head reads what the LM head reads. Take a decoder-only language model."
             )
         hidden_size = lm_head.in_features if isinstance(lm_head, nn.Linear) else lm_head.weight.shape[-1]
         self.deferral_head = nn.Linear(
@@ -153,7 +168,7 @@ class CoLLMForCausalLM(CollaborativeGenerationMixin):
             UnsupportedModelError: an encoder, an encoder-decoder, or no language model at all.
         """
         if cls is not CoLLMForCausalLM:
-            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)  # type: ignore[misc]
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         from .checkpoints import load_deferral_checkpoint  # it builds on this module
 
         return load_deferral_checkpoint(
@@ -168,21 +183,22 @@ class CoLLMForCausalLM(CollaborativeGenerationMixin):
         deferral: DeferralConfig | dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Build a model with random weights and a zero head from an architecture's config (kwargs as in transformers)."""
+        """Build a model with random weights and a zero head from an architecture's config."""
         config.deferral = DeferralConfig.from_any(deferral or {"num_assistants": num_assistants})
-        return collm_class(base_class_for(config))._from_config(config, **kwargs)
+        return collm_class(base_class_for(config))._from_config(config, **kwargs)  # type: ignore[arg-type]
 
     @classmethod
     def from_base(
         cls, model: PreTrainedModel, num_assistants: int = 1, deferral: DeferralConfig | dict[str, Any] | None = None
     ) -> Any:
-        """Turn a loaded causal language model into a `CoLLM<Base>` in place: no copy, the same parameters, a new head."""
+        """Turn a loaded causal language model into a `CoLLM<Base>` in place: its own parameters, and a new head."""
         if isinstance(model, cls):
             raise ConfigurationError("this model has a deferral head already.")
-        target = collm_class(base_class_for(model.config, type(model)))
+        target = collm_class(base_class_for(model.config, type(model)))  # type: ignore[arg-type]
         model.__class__ = target
         model._attach_head(deferral or {"num_assistants": num_assistants})
-        model._keep_in_fp32_modules_strict = {*(model._keep_in_fp32_modules_strict or ()), "deferral_head"}
+        for kept in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
+            setattr(model, kept, {*(getattr(model, kept) or ()), "deferral_head"})
         return model
 
     # ---------------------------------------------------------------------------------------------------- forward
@@ -220,7 +236,7 @@ class CoLLMForCausalLM(CollaborativeGenerationMixin):
         return_dict = kwargs.pop("return_dict", None)
         if labels is None:
             with _inputs_of(self.get_output_embeddings()) as seen:
-                base = super().forward(input_ids, attention_mask=attention_mask, return_dict=True, **kwargs)  # type: ignore[misc]
+                base = super().forward(input_ids, attention_mask=attention_mask, return_dict=True, **kwargs)
             outputs = _with_deferral(base, deferral_logits=self._deferral_logits(seen[0], base.logits))
         else:
             outputs = self._forward_with_loss(
@@ -234,59 +250,94 @@ class CoLLMForCausalLM(CollaborativeGenerationMixin):
         output_logits, kwargs,
     ) -> ModelOutput:  # fmt: skip
         # 1. Run the decoder; its LM head only on the last position, unless logits are asked for.
+        self._check_scores(assistant_logprobs, assistant_correct)
         kwargs.setdefault("use_cache", False)
         if not output_logits:
             kwargs["logits_to_keep"] = 1
-        lm_head = self.get_output_embeddings()
-        with _output_of(self.base_model) as decoded, _inputs_of(lm_head) as seen:
-            base = super().forward(input_ids, attention_mask=attention_mask, return_dict=True, **kwargs)  # type: ignore[misc]
+        with _output_of(self.base_model) as decoded, _inputs_of(self.get_output_embeddings()) as seen:
+            base = super().forward(input_ids, attention_mask=attention_mask, return_dict=True, **kwargs)
 
-        # 2. Score the targets chunk by chunk, and put their N numbers together.
+        # 2. The loss of the targets, a sum over chunks of them; per target token, not per micro-batch.
         targets = _targets(labels)
-        scores = self._score(decoded[0][0], labels, targets)
-        loss = self._loss(scores, *(_at(x, targets) for x in (assistant_logprobs, assistant_correct)), num_items_in_batch)
+        hidden, tokens = decoded[0][0][:, :-1][targets], labels[:, 1:][targets]
+        loss = self._summed_loss(hidden, tokens, _at(assistant_logprobs, targets), _at(assistant_correct, targets))
+        loss = divide_by_targets(loss, len(tokens), num_items_in_batch)
 
         # 3. The load-balancing loss of a mixture of experts is the architecture's own, with its own weight.
-        if base.get("aux_loss") is not None and base.aux_loss is not None:
-            loss = loss + self.router_aux_loss_coef * base.aux_loss.to(loss.device)
+        if base.get("aux_loss") is not None:
+            loss = loss + self.config.router_aux_loss_coef * base.aux_loss.to(loss.device)
         if output_logits:
             return _with_deferral(base, loss=loss, deferral_logits=self._deferral_logits(seen[0], base.logits))
         return _with_deferral(base, loss=loss, logits=None)
 
-    def _loss(
-        self,
-        scores: _Chunk,
-        assistant_logprobs: Tensor | None,
-        assistant_correct: Tensor | None,
-        num_items_in_batch: Tensor | int | None,
-    ) -> Tensor:
-        deferral = self.config.deferral
+    def _check_scores(self, assistant_logprobs: Tensor | None, assistant_correct: Tensor | None) -> None:
+        K = self.config.deferral.num_assistants
         if assistant_logprobs is None:
             if self.training:
                 warnings.warn(
-                    "CoLLMForCausalLM got labels without assistant_logprobs: the loss is the base's own cross-entropy and "
-                    "the deferral head learns nothing. Score the data with `collm score` first.",
-                    stacklevel=4,
+                    "CoLLMForCausalLM got labels without assistant_logprobs: the loss is the base's own cross-entropy "
+                    "and the deferral head learns nothing. Score the data with `collm score` first.",
+                    stacklevel=6,
                 )
-            # The head takes part in the graph with gradient 0, as DDP and ZeRO require of every parameter.
-            return mean_over_targets(-scores.base_logprobs + 0 * scores.deferral_logits.sum(-1), num_items_in_batch)
-        if assistant_logprobs.shape[-1] != deferral.num_assistants:
+        elif assistant_logprobs.shape[-1] != K:
             raise ConfigurationError(
-                f"assistant_logprobs has {assistant_logprobs.shape[-1]} assistants in its last axis, the head has "
-                f"{deferral.num_assistants}: its shape must be (batch, seq, {deferral.num_assistants})."
+                f"assistant_logprobs has {assistant_logprobs.shape[-1]} assistants in its last axis, the head has {K}: "
+                f"its shape must be (batch, seq, {K})."
             )
-        if self.training:
-            self._record(scores, assistant_logprobs)
-        if deferral.objective == "weak_supervision":
-            if assistant_correct is None:
-                raise ConfigurationError("objective='weak_supervision' needs assistant_correct besides assistant_logprobs.")
-            writers = deferral_labels(scores.base_correct, assistant_correct, assistant_logprobs, "a")
-            return weak_supervision_loss(
-                scores.base_logprobs, scores.deferral_logits, writers, num_items_in_batch=num_items_in_batch
+        elif self.config.deferral.objective == "weak_supervision" and assistant_correct is None:
+            raise ConfigurationError("objective='weak_supervision' needs assistant_correct besides assistant_logprobs.")
+
+    @torch.compiler.disable
+    def _summed_loss(
+        self, hidden: Tensor, tokens: Tensor, assistant_logprobs: Tensor | None, assistant_correct: Tensor | None
+    ) -> Tensor:
+        """Sum over the targets of what `config.deferral.objective` says.
+
+        hidden `(N, H)`: decoder output at the positions that predict `tokens` `(N,)`; of the assistants: `(N, K)`.
+        """
+        parameters = self._parameters_after_decoder() if torch.is_grad_enabled() else []
+        size = self._targets_per_chunk()
+        # An empty batch is one empty chunk: every parameter takes part in every backward, as DDP and ZeRO require.
+        given = [_split(x, size, len(tokens)) for x in (tokens, assistant_logprobs, assistant_correct)]
+        rest = [tuple(None if x is None else x.to(hidden.device) for x in row) for row in zip(*given, strict=True)]
+        if all(_is_whole(parameter) for parameter in parameters):
+            total, base_logprobs, deferral_logits = _SumOfChunks.apply(
+                self._chunk_loss, rest, size, hidden, *parameters
             )
-        return marginal_likelihood_loss(
-            scores.base_logprobs, assistant_logprobs, scores.deferral_logits, deferral.deferral_cost, num_items_in_batch
-        )
+        else:
+            step = functools.partial(checkpoint, self._chunk_loss, use_reentrant=False, preserve_rng_state=False)
+            chunks = [step(rows, *arguments) for rows, arguments in zip(hidden.split(size), rest, strict=True)]
+            total, base_logprobs, deferral_logits = _put_together(chunks)
+        if self.training and assistant_logprobs is not None:
+            self._record(base_logprobs, deferral_logits, assistant_logprobs.to(hidden.device))
+        return total
+
+    def _chunk_loss(
+        self, hidden: Tensor, tokens: Tensor, assistant_logprobs: Tensor | None, assistant_correct: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Summed loss of a chunk, and the base's log-probabilities and deferral logits that it was made from."""
+        scores, deferral = self._score(hidden, tokens), self.config.deferral
+        if assistant_logprobs is None:
+            # The head takes part in the graph with gradient 0, as DDP and ZeRO require of every parameter.
+            loss = -scores.base_logprobs.sum() + 0 * scores.deferral_logits.sum()
+        elif deferral.objective == "weak_supervision":
+            assert assistant_correct is not None  # checked before the decoder ran
+            labels = deferral_labels(scores.base_correct, assistant_correct, assistant_logprobs, "a")
+            loss = weak_supervision_loss(scores.base_logprobs, scores.deferral_logits, labels, num_items_in_batch=1)
+        else:
+            judged = scores.base_logprobs, assistant_logprobs, scores.deferral_logits
+            loss = marginal_likelihood_loss(*judged, deferral.deferral_cost, num_items_in_batch=1)
+        return loss, scores.base_logprobs, scores.deferral_logits
+
+    def _targets_per_chunk(self) -> int:
+        return max(1, LOGITS_PER_CHUNK // self.get_output_embeddings().weight.shape[0])
+
+    def _parameters_after_decoder(self) -> list[Tensor]:
+        """LM head (wherever it lies, it may be tied), deferral head, and whatever else the decoder does not hold."""
+        lm_head = self.get_output_embeddings()
+        found = [lm_head.weight, *lm_head.parameters()]
+        found += [p for name, p in self.named_parameters() if not name.startswith(f"{self.base_model_prefix}.")]
+        return list({id(p): p for p in found if p.requires_grad}.values())
 
     @torch.no_grad()
     def score_targets(
@@ -305,45 +356,25 @@ class CoLLMForCausalLM(CollaborativeGenerationMixin):
             labels = input_ids if attention_mask is None else input_ids.masked_fill(attention_mask == 0, -100)
         kwargs.setdefault("use_cache", False)
         with _output_of(self.base_model) as decoded:
-            super().forward(input_ids, attention_mask=attention_mask, return_dict=True, logits_to_keep=1, **kwargs)  # type: ignore[misc]
-        scores = self._score(decoded[0][0], labels, _targets(labels), keep_features=True)
-        index = _targets(labels).nonzero() + torch.tensor([0, 1], device=labels.device)
-        return TargetScores(scores.features, scores.base_logprobs, scores.base_correct, scores.deferral_logits, index)
+            super().forward(input_ids, attention_mask=attention_mask, return_dict=True, logits_to_keep=1, **kwargs)
+        targets = _targets(labels)
+        hidden, tokens = decoded[0][0][:, :-1][targets], labels[:, 1:][targets]
+        size = self._targets_per_chunk()
+        chunks = zip(hidden.split(size), tokens.to(hidden.device).split(size), strict=True)
+        scores = _Scores(*(torch.cat(column) for column in zip(*(self._score(h, t) for h, t in chunks), strict=True)))
+        return TargetScores(**scores._asdict(), index=targets.nonzero() + torch.tensor([0, 1], device=labels.device))
 
-    def _score(self, hidden: Tensor, labels: Tensor, targets: Tensor, keep_features: bool = False) -> _Chunk:
-        """Score target tokens in chunks of positions whose logits are computed again in backward.
-
-        hidden: `(batch, seq, H)` decoder output; targets: `(batch, seq - 1)` bool, position t predicts labels[:, t + 1].
-        """
-        hidden, tokens = hidden[:, :-1][targets], labels[:, 1:][targets].to(hidden.device)
-        size = max(1, LOGITS_PER_CHUNK // self.get_output_embeddings().weight.shape[0])
-        step = functools.partial(self._score_chunk, keep_features=keep_features)
-        if torch.is_grad_enabled():
-            step = functools.partial(checkpoint, step, use_reentrant=False, preserve_rng_state=False)
-        # An empty batch is one empty chunk: every parameter takes part in every backward, as DDP and ZeRO require.
-        chunks = [step(h, t) for h, t in zip(hidden.split(size), tokens.split(size), strict=True)] or [step(hidden, tokens)]
-        return _Chunk(*(torch.cat(column) for column in zip(*chunks, strict=True)))
-
-    def _score_chunk(self, hidden: Tensor, tokens: Tensor, keep_features: bool) -> _Chunk:
+    def _score(self, hidden: Tensor, tokens: Tensor) -> _Scores:
+        """Score N tokens, given the decoder's output `(N, H)` at the positions that predict them."""
         seen, logits = _run_lm_head(self, hidden.unsqueeze(0))
-        logits = logits[0].float()
-        features = self._features(seen[0], logits)
-        return _Chunk(
-            base_logprobs=-F.cross_entropy(logits, tokens, reduction="none"),
-            deferral_logits=self._head(features),
-            base_correct=logits.argmax(-1) == tokens,
-            features=features.detach() if keep_features else features.new_empty(0),
-        )
+        base_logprobs, base_correct, uncertainty = TokenStatistics.apply(logits[0], tokens)
+        features = self._features(seen[0], uncertainty)
+        return _Scores(features, base_logprobs, base_correct, self._head(features))
 
-    def _features(self, seen: Tensor, logits: Tensor) -> Tensor:
+    def _features(self, seen: Tensor, uncertainty: Tensor) -> Tensor:
         """f_t: what the LM head reads and/or the base's uncertainty, `(..., F)` float32."""
-        parts = []
-        if "hidden" in self.config.deferral.features:
-            parts.append(seen.float())
-        if "uncertainty" in self.config.deferral.features:
-            rows = logits.reshape(-1, logits.shape[-1]).split(max(1, LOGITS_PER_CHUNK // logits.shape[-1]))
-            parts.append(torch.cat([uncertainty_features(r) for r in rows]).view(*logits.shape[:-1], 4))
-        return torch.cat(parts, dim=-1)
+        parts = {"hidden": seen.float(), "uncertainty": uncertainty}
+        return torch.cat([part for name, part in parts.items() if name in self.config.deferral.features], dim=-1)
 
     def _head(self, features: Tensor) -> Tensor:
         """z_t = W f_t in float32 with the uncertainty features standardised: `(..., K)`."""
@@ -360,18 +391,18 @@ class CoLLMForCausalLM(CollaborativeGenerationMixin):
         return torch.cat([hidden, (numbers - mean) / std], dim=-1)
 
     def _deferral_logits(self, seen: Tensor, logits: Tensor) -> Tensor:
-        return self._head(self._features(seen, logits))
+        return self._head(self._features(seen, uncertainty_features(logits)))
 
     # ----------------------------------------------------------------------------------------- training statistics
 
     @torch.no_grad()
-    def _record(self, scores: _Chunk, assistant_logprobs: Tensor) -> None:
-        joint = log_joint(scores.base_logprobs, assistant_logprobs, scores.deferral_logits)
+    def _record(self, base_logprobs: Tensor, deferral_logits: Tensor, assistant_logprobs: Tensor) -> None:
+        joint = log_joint(base_logprobs, assistant_logprobs, deferral_logits)
         batch = {
             "tokens": joint.new_tensor(len(joint)),
-            "base_nll": -scores.base_logprobs.sum(),
+            "base_nll": -base_logprobs.sum(),
             "assistant_nll": -assistant_logprobs.float().clamp_min(-1e4).sum(0),
-            "deferral_probability": torch.sigmoid(torch.logsumexp(scores.deferral_logits, -1)).sum(),
+            "deferral_probability": torch.sigmoid(torch.logsumexp(deferral_logits, -1)).sum(),
             "posterior": joint.softmax(-1)[:, 1:].sum(0),
         }
         for name, value in batch.items():
@@ -381,11 +412,67 @@ class CoLLMForCausalLM(CollaborativeGenerationMixin):
         """Return the sums over target tokens since the last call, and start anew.
 
         Returns:
-            `dict`: `tokens` (), `base_nll` () and `assistant_nll` (K,) in nats, `deferral_probability` () and `posterior`
-            (K,), the share of each assistant in the posterior of who wrote the tokens; divide by `tokens`.
+            `dict`: `tokens` (), `base_nll` () and `assistant_nll` (K,) in nats, `deferral_probability` () and
+            `posterior` (K,), the share of each assistant in the posterior of who wrote the tokens; divide by `tokens`.
         """
         taken, self.training_statistics = self.training_statistics, {}
         return taken
+
+
+# -------------------------------------------------------------------------------------------------- loss in chunks
+
+
+class _SumOfChunks(torch.autograd.Function):
+    """Sum of a function over chunks of rows, its gradients taken in forward, chunk by chunk.
+
+    No chunk's logits outlive it and none are computed a second time. What is kept for backward are the gradients of the
+    sum, as large as `hidden` and as the parameters. `function(rows, *arguments)` returns the value to be summed and
+    further tensors, which come back put together and without gradient.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, function: Any, rest: list[tuple[Any, ...]], size: int, hidden: Tensor, *parameters: Tensor
+    ) -> tuple[Tensor, ...]:
+        results: list[list[Tensor]] = []
+        of_hidden: list[Tensor] = []
+        of_parameters: list[Tensor] = []
+        for rows, arguments in zip(hidden.split(size), rest, strict=True):
+            rows = rows.detach().requires_grad_(hidden.requires_grad)
+            wanted = [x for x in (rows, *parameters) if x.requires_grad]
+            with torch.set_grad_enabled(bool(wanted)):
+                value, *others = function(rows, *arguments)
+            results.append([x.detach() for x in (value, *others)])
+            if wanted:
+                gradients = list(torch.autograd.grad(value, wanted, materialize_grads=True))
+                of_hidden += [gradients.pop(0)] if rows.requires_grad else []
+                pairs = zip(of_parameters, gradients, strict=True)
+                of_parameters = [a.add_(b) for a, b in pairs] if of_parameters else gradients
+        ctx.of_hidden = bool(of_hidden)
+        ctx.save_for_backward(*([torch.cat(of_hidden)] if of_hidden else []), *of_parameters)
+        total, *others = _put_together(results)
+        ctx.mark_non_differentiable(*others)
+        return total, *others
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor, *_: Any) -> tuple[Any, ...]:  # type: ignore[override]
+        scaled = [gradient * of_sum for of_sum in ctx.saved_tensors]
+        return None, None, None, *([] if ctx.of_hidden else [None]), *scaled
+
+
+def _put_together(chunks: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    values, *others = zip(*chunks, strict=True)
+    return [torch.stack(values).sum(), *(torch.cat(column) for column in others)]
+
+
+def _split(values: Tensor | None, size: int, length: int) -> Iterable[Tensor | None]:
+    return [None] * max(1, -(-length // size)) if values is None else values.split(size)
+
+
+def _is_whole(parameter: Tensor) -> bool:
+    """False for FSDP's views of a flat parameter and ZeRO-3's partitions: they need their own backward hooks."""
+    return isinstance(parameter, nn.Parameter) and not hasattr(parameter, "ds_id")
 
 
 # ------------------------------------------------------------------------------------------------- classes and helpers
@@ -400,7 +487,9 @@ def base_class_for(config: PreTrainedConfig, given: type[PreTrainedModel] | None
     name = getattr(config, "model_type", type(config).__name__)
     advice = "Take a decoder-only language model, one that AutoModelForCausalLM loads."
     if getattr(config, "is_encoder_decoder", False):
-        raise UnsupportedModelError(f'"{name}" is an encoder-decoder; deferral is defined for one stream of tokens. {advice}')
+        raise UnsupportedModelError(
+            f'"{name}" is an encoder-decoder; deferral is defined for one stream of tokens. {advice}'
+        )
     if given is not None:
         return given
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
@@ -418,7 +507,7 @@ def collm_class(base_class: type[PreTrainedModel]) -> type[CoLLMForCausalLM]:
     def forward(self: Any, input_ids: Tensor | None = None, **kwargs: Any) -> Any:
         return CoLLMForCausalLM.forward(self, input_ids, **kwargs)
 
-    # transformers reads the signature: to validate generate's arguments, to keep a data set's columns, to pass positions.
+    # transformers reads the signature to check generate's arguments, keep a data set's columns, pass positions.
     ours = inspect.signature(CoLLMForCausalLM.forward).parameters
     theirs = inspect.signature(base_class.forward).parameters
     merged = {**{n: p for n, p in theirs.items() if n not in ours}, **ours}
@@ -431,6 +520,7 @@ def collm_class(base_class: type[PreTrainedModel]) -> type[CoLLMForCausalLM]:
         "__doc__": CoLLMForCausalLM.__doc__,
         "forward": forward,
         "base_class": base_class,
+        "_keep_in_fp32_modules": [*(base_class._keep_in_fp32_modules or []), "deferral_head"],
         "_keep_in_fp32_modules_strict": [*(base_class._keep_in_fp32_modules_strict or []), "deferral_head"],
     }
     return type("CoLLMForCausalLM", (CoLLMForCausalLM, base_class), namespace)  # type: ignore[return-value]
@@ -462,7 +552,7 @@ def _output_class(base: type[ModelOutput]) -> type[ModelOutput]:
 
 
 def _with_deferral(base: ModelOutput, **values: Any) -> Any:
-    return _output_class(type(base))(**{**base, **values})
+    return _output_class(type(base))(**{**base, **values})  # type: ignore[arg-type]
 
 
 def _targets(labels: Tensor) -> Tensor:
@@ -529,13 +619,13 @@ class _DecoderOutput(MoeModelOutputWithPast):
 
 @functools.cache
 def _architecture_forward(model_class: type) -> tuple[Any, dict[str, Any]]:
-    forward = model_class.base_class.forward if issubclass(model_class, CoLLMForCausalLM) else model_class.forward
+    forward = model_class.base_class.forward if issubclass(model_class, CoLLMForCausalLM) else model_class.forward  # type: ignore[attr-defined]
     asked = {"use_cache": False, "output_router_logits": False}
     return forward, {name: value for name, value in asked.items() if name in inspect.signature(forward).parameters}
 
 
 def _run_lm_head(model: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
-    forward, arguments = _architecture_forward(type(model))
+    forward, arguments = _architecture_forward(type(model))  # type: ignore[arg-type]
     with _inputs_of(model.get_output_embeddings()) as seen:
         output = forward(_Decoded(model, hidden), inputs_embeds=hidden, return_dict=True, **arguments)
     return seen[0], output.logits
