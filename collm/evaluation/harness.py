@@ -13,6 +13,7 @@ import torch
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
+from transformers import StoppingCriteria, StoppingCriteriaList
 
 from collm.configuration import DeferralConfig
 from collm.data.scoring import LOGITS_PER_CHUNK
@@ -53,6 +54,8 @@ class CoLLMHarness(HFLM):
         device: str | None = None,
         **kwargs: Any,
     ) -> None:
+        if not torch.cuda.is_available():
+            device = None if str(device).startswith("cuda") else device  # the harness's default is cuda:0 everywhere
         models = load_models(pretrained, str(assistant).split(";"), dtype, device)
         super().__init__(models.model, tokenizer=models.tokenizer, **{"batch_size": 8, **kwargs})
         self.assistants = models.assistants
@@ -70,8 +73,7 @@ class CoLLMHarness(HFLM):
             input_ids=context,
             max_new_tokens=max_length - context.shape[1],
             assistant=self.assistants,
-            stop_strings=stop or None,
-            tokenizer=self.tokenizer,
+            stopping_criteria=StoppingCriteriaList([StopAt(stop, self.tokenizer, context.shape[1])]),
             pad_token_id=self.tokenizer.pad_token_id,
             **self.options,
             **generation_kwargs,
@@ -153,6 +155,20 @@ class CoLLMHarness(HFLM):
         # The last token is read too although nothing is predicted from it: rows keep one shape.
         ids = (context + continuation)[-self.max_length :]
         return ids, min(len(continuation), len(ids) - 1)
+
+
+class StopAt(StoppingCriteria):
+    """Ends each row once its new text holds one of the strings, whatever tokens it is made of."""
+
+    def __init__(self, strings: list[str], tokenizer: Any, start: int) -> None:
+        self.strings, self.tokenizer, self.start = strings, tokenizer, start
+        longest = max((len(tokenizer(s, add_special_tokens=False).input_ids) for s in strings), default=0)
+        self.window = longest + 3  # the same text can be cut into other tokens
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        tails = input_ids[:, max(self.start, input_ids.shape[1] - self.window) :]
+        texts = self.tokenizer.batch_decode(tails, skip_special_tokens=False)
+        return torch.tensor([any(s in text for s in self.strings) for text in texts], device=input_ids.device)
 
 
 def _as_wide(logits: Tensor, width: int) -> Tensor:

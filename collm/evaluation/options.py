@@ -69,9 +69,7 @@ class DataOptions:
 class ModelOptions:
     """Which models, and how they decode."""
 
-    checkpoint: str = field(
-        metadata={"positional": True, "help": "deferral checkpoint (or any causal model, with --alone)"}
-    )
+    checkpoint: str = field(metadata={"positional": True, "help": "deferral checkpoint: folder or Hub name"})
     assistant: list[str] = field(
         default_factory=list,
         metadata={
