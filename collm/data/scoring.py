@@ -128,6 +128,7 @@ def load_scorer(settings: AssistantSettings, device: torch.device) -> Scorer:
     Raises:
         [`AssistantError`]: it cannot be loaded, or quantised, here.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     options: dict[str, Any] = {"dtype": settings.dtype, "device_map": settings.device_map}
@@ -141,7 +142,7 @@ def load_scorer(settings: AssistantSettings, device: torch.device) -> Scorer:
     except ImportError as error:
         advice = "pip install bitsandbytes; " if settings.quantization else ""
         raise AssistantError(f'The assistant "{settings.name}" cannot be loaded here ({advice}{error}).') from error
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise AssistantError(f'The assistant "{settings.name}" cannot be loaded: {error}') from error
     return TransformersScorer(model if options["device_map"] else model.to(device))
 
