@@ -17,6 +17,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "score": ("score", "write what the assistants say about a data set, token by token; killed, it goes on where it was"),
     "calibrate": ("calibrate", "measure thresholds for deferral rates on what the models write together"),
     "eval": ("eval", "measure quality, deferral rate and cost on a task; a killed run goes on"),
+    "sweep": ("sweep", "quality against deferral rate and cost, with every control, as JSON, PNG and HTML"),
     "lm-eval": ("lm_eval", "lm-evaluation-harness with the model `collm`; its flags are the harness's own"),
 }
 

@@ -1,0 +1,220 @@
+"""`collm sweep`: the curve of quality against cost, with controls, as JSON, PNG and an HTML report."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from collm.evaluation.options import DataOptions, ModelOptions
+
+HELP = "quality against deferral rate and cost, with every control, as JSON, PNG and HTML"
+EXAMPLE = """
+collm sweep my-checkpoint --assistant Qwen/Qwen2.5-Coder-1.5B-Instruct --data gsm8k/dev.jsonl --task gsm8k \\
+    --calibration-problems 64 --limit 264 --rates 0.1 0.2 0.3 0.5 --output results/sweep
+collm sweep my-checkpoint --data dev.jsonl --task gsm8k --methods learned random entropy --output results/short
+collm sweep my-checkpoint --data dev.jsonl --task gsm8k --fine-tuned my-sft --weak-supervision my-baseline --output all
+"""
+
+
+@dataclass
+class SweepOptions:
+    """Which points are measured."""
+
+    output: str = field(metadata={"help": "folder for texts (a killed sweep goes on), sweep.json, PNGs and sweep.html"})
+    methods: list[str] = field(
+        default_factory=lambda: [
+            "base", "assistant", "learned", "random", "entropy", "top_probability", "mixture", "contrastive", "oracle"
+        ],
+        metadata={"help": "also: margin, ema, scheduled, proxy_tuning (with --untuned)"},
+    )  # fmt: skip
+    rates: list[float] = field(
+        default_factory=lambda: [0.1, 0.2, 0.3, 0.5], metadata={"help": "deferral rates, shares of tokens"}
+    )
+    metric: str | None = field(default=None, metadata={"help": "as in `collm eval`; default: the task's"})
+    calibration_problems: int = field(
+        default=64, metadata={"help": "the first problems set thresholds; the rest are reported"}
+    )
+    fine_tuned: str | None = field(default=None, metadata={"help": "a fine-tuned base, run alone"})
+    weak_supervision: str | None = field(
+        default=None, metadata={"help": "a deferral checkpoint trained with weak supervision, at the same rates"}
+    )
+    untuned: str | None = field(default=None, metadata={"help": "the base before tuning, for proxy_tuning"})
+    examples: int = field(default=5, metadata={"help": "texts of each rate shown in the report"})
+
+
+Arguments = (ModelOptions, DataOptions, SweepOptions)
+
+
+def run(models: ModelOptions, data: DataOptions, options: SweepOptions) -> int:
+    """Measure, write the files; the last line on standard output is one JSON object."""
+    from collm.errors import ConfigurationError
+    from collm.evaluation.generations import weights_fingerprint
+    from collm.evaluation.loading import load_models, load_plain, num_parameters
+    from collm.evaluation.metrics import get_metric
+    from collm.evaluation.sweep import METHODS, Sweep, add_comparisons
+
+    metric = options.metric or data.default_metric()
+    if metric is None:
+        raise ConfigurationError("no metric: pass --metric, or --task gsm8k, math or bioasq")
+    for method in options.methods:
+        if method not in METHODS:
+            raise ConfigurationError(f'there is no method "{method}"; there are {", ".join(METHODS)}')
+    loaded = load_models(models.checkpoint, models.assistant, models.dtype, models.device)
+    problems = data.problems(loaded.tokenizer)
+    if len(problems) <= options.calibration_problems:
+        raise ConfigurationError(
+            f"{len(problems)} problems, and {options.calibration_problems} of them calibrate: none is left to report"
+        )
+    weights = [weights_fingerprint(model) for model in (loaded.model, *loaded.assistants)]
+    settings = data.settings(problems) | {"weights": weights, "dtype": str(loaded.model.dtype)}
+    sweep = Sweep(
+        loaded,
+        problems[options.calibration_problems :],
+        problems[: options.calibration_problems],
+        get_metric(metric),
+        Path(options.output) / "texts",
+        settings,
+        data.max_new_tokens,
+        data.batch_size,
+        data.seed,
+        load_plain(options.untuned, models.dtype, models.device) if options.untuned else None,
+    )
+    points: list[dict[str, Any]] = []
+    for method in options.methods:
+        points += sweep.points(method, options.rates)
+        _save(options, models, data, metric, points)
+    if options.fine_tuned:
+        tuned = load_plain(options.fine_tuned, models.dtype, models.device)
+        points.append(sweep.alone("fine-tuned base", tuned, num_parameters(tuned)))
+    if options.weak_supervision:
+        points += _weak_supervision(sweep, models, options)
+    add_comparisons(points)
+    results = _save(options, models, data, metric, points)
+    _print(points)
+    _write_report(Path(options.output), results, sweep, options)
+    print(
+        json.dumps({"points": [_short(point) for point in points], "report": str(Path(options.output) / "sweep.html")})
+    )
+    return 0
+
+
+def _weak_supervision(sweep: Any, models: ModelOptions, options: SweepOptions) -> list[dict[str, Any]]:
+    import dataclasses
+
+    from collm.evaluation.generations import weights_fingerprint
+    from collm.evaluation.loading import load_models
+
+    assert options.weak_supervision is not None
+    other = load_models(options.weak_supervision, models.assistant, models.dtype, models.device)
+    weights = [weights_fingerprint(model) for model in (other.model, *other.assistants)]
+    second = dataclasses.replace(
+        sweep, models=other, settings={**sweep.settings, "weights": weights}, prefix="weak supervision: "
+    )
+    points = second.points("learned", options.rates)
+    sweep.texts.update(second.texts)
+    return [{**point, "method": "weak supervision"} for point in points]
+
+
+def _save(
+    options: SweepOptions, models: ModelOptions, data: DataOptions, metric: str, points: list[dict[str, Any]]
+) -> dict[str, Any]:
+    import torch
+    import transformers
+
+    results = {
+        "metric": metric,
+        "points": points,
+        "settings": {**asdict(models), **asdict(data), **asdict(options)},
+        "machine": {
+            "processor": platform.processor() or platform.machine(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    }
+    folder = Path(options.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "sweep.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    return results
+
+
+def _short(point: dict[str, Any]) -> dict[str, Any]:
+    keys = ("method", "asked_rate", "rate", "quality", "low", "high", "seconds_per_token", "active_parameters")
+    return {key: point[key] for key in keys}
+
+
+def _rows(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [
+        {
+            "method": p["method"],
+            "deferred": f"{p['rate']:.1%}",
+            "quality": f"{p['quality']:.1%}",
+            "95% interval": f"{p['low']:.1%} – {p['high']:.1%}",
+            "recovered": f"{p['recovered']:.0%}" if p.get("recovered") is not None else None,
+            "over random": _difference(p.get("over_random")),
+            "over entropy": _difference(p.get("over_entropy")),
+            "truncated": p["truncated"],
+            "unparsable": p["unparsable"],
+            "parameters per token": f"{p['active_parameters'] / 1e9:.2f} B",
+            "ms per token": f"{1000 * p['seconds_per_token']:.0f}" if p["seconds_per_token"] is not None else None,
+        }
+        for p in points
+    ]
+
+
+def _difference(comparison: dict[str, float] | None) -> str | None:
+    if comparison is None:
+        return None
+    return f"{100 * comparison['difference']:+.1f} [{100 * comparison['low']:+.1f}, {100 * comparison['high']:+.1f}]"
+
+
+def _print(points: list[dict[str, Any]]) -> None:
+    rows = _rows(points)
+    widths = {key: max(len(key), *(len(str(row[key] or "-")) for row in rows)) for key in rows[0]}
+    for row in [{key: key for key in rows[0]}, *rows]:
+        print("  ".join(str(row[key] if row[key] is not None else "-").ljust(widths[key]) for key in rows[0]).rstrip())
+
+
+def _write_report(folder: Path, results: dict[str, Any], sweep: Any, options: SweepOptions) -> None:
+    from collm.reporting import DeferralStatistics, TokenView, plots, table, token_view, write_page
+    from collm.reporting.html import figure, heading, paragraph
+
+    points, settings = results["points"], results["settings"]
+    parts = [
+        paragraph(
+            f"{points[0]['problems']} problems of {settings['data']}, at most {settings['max_new_tokens']} new "
+            f"tokens, greedy, batches of {settings['batch_size']}; thresholds from {options.calibration_problems} other problems."
+        ),
+        table(_rows(points), "Rates are realised ones; differences in percentage points with paired 95% intervals"),
+    ]
+    axes = [
+        ("rate", "tokens written by the assistant", "sweep-rate.png"),
+        ("active_parameters", "parameters per token, on average", "sweep-parameters.png"),
+        ("seconds_per_token", "seconds per token, measured", "sweep-seconds.png"),
+    ]
+    for x, label, file in axes:
+        drawing = plots.cost_quality_figure(points, x, label, results["metric"])
+        plots.save_png(drawing, folder / file)
+        parts.append(figure(plots.svg(drawing)))
+    for point in points:
+        if point["method"] == "learned" and point["texts"] in sweep.texts:
+            views = [
+                TokenView.from_ids(
+                    sweep.models.tokenizer, g.token_ids, g.source, g.deferral_probs, names=sweep.models.names,
+                    title=f"Problem {p.id}", prompt=p.prompt, note=f"{results['metric']}: {score:.3g}",
+                )
+                for p, g, score in zip(sweep.problems, sweep.texts[point["texts"]], point["scores"], strict=True)
+            ]  # fmt: skip
+            statistics = DeferralStatistics.of(views)
+            parts += [
+                heading(f"Learned, {point['rate']:.1%} deferred"),
+                table(statistics.kind_rows(), "Which tokens are deferred"),
+                *(token_view(view) for view in views[: options.examples]),
+            ]
+    write_page(folder / "sweep.html", f"{sweep.models.names[0]} with {', '.join(sweep.models.names[1:])}", *parts)

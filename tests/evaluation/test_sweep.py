@@ -1,0 +1,149 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from conftest import save_plain, tiny_collm, tiny_model, tiny_tokenizer
+
+from collm.cli import main
+from collm.errors import ConfigurationError
+from collm.evaluation.loading import Models
+from collm.evaluation.metrics import Score
+from collm.evaluation.runner import make_problems
+from collm.evaluation.sweep import DEFAULT_METHODS, Sweep, add_comparisons
+
+
+def parity_of_the_text(row, text, truncated=False) -> Score:
+    """A metric that depends on every token, for models that know nothing."""
+    return Score({"even": float(sum(map(ord, text)) % 2)}, text)
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    model = tiny_collm()
+    model.deferral_head.weight.data.mul_(0.3)
+    tokenizer = tiny_tokenizer()
+    problems = make_problems([{"prompt": f"w{i} {i % 10} ="} for i in range(40)], tokenizer)
+    models = Models(model, [tiny_model(seed=5)], tokenizer, ["small", "big"])
+    return Sweep(
+        models, problems[20:], problems[:20], parity_of_the_text, tmp_path, {}, max_new_tokens=24, batch_size=20
+    )
+
+
+def test_points_have_the_rate_that_was_asked_and_every_control_its_own(sweep):
+    points = [point for method in DEFAULT_METHODS for point in sweep.points(method, [0.3])]
+    add_comparisons(points)
+    by_method = {point["method"]: point for point in points}
+    assert list(by_method) == list(DEFAULT_METHODS)
+    for method in ("learned", "random", "entropy", "top_probability"):
+        assert by_method[method]["rate"] == pytest.approx(0.3, abs=0.12)  # 20 short texts calibrate, 20 others report
+        assert "over_random" in by_method[method] or method == "random"
+    assert by_method["base"]["rate"] == 0
+    assert by_method["assistant"]["rate"] == 1
+    assert by_method["mixture"]["rate"] == by_method["contrastive"]["rate"] == 1
+    base, assistant = by_method["base"]["active_parameters"], by_method["assistant"]["active_parameters"]
+    assert by_method["learned"]["active_parameters"] == pytest.approx(
+        base + by_method["learned"]["rate"] * assistant, rel=1e-6
+    )
+    json.dumps(points)
+
+
+def test_the_oracle_writes_the_assistants_text_asking_only_where_they_differ(sweep):
+    [assistant] = sweep.points("assistant", [])
+    [oracle] = sweep.points("oracle", [])
+    assert oracle["scores"] == assistant["scores"]
+    base, big = sweep.models.model, sweep.models.assistants[0]
+    differ = total = 0
+    for problem, generation in zip(sweep.problems, sweep.texts["assistant"], strict=True):
+        ids = problem.prompt_ids + generation.token_ids
+        with torch.no_grad():
+            first = base(torch.tensor([ids])).logits[0].argmax(-1).tolist()
+        for t in range(len(problem.prompt_ids), len(ids)):
+            differ += first[t - 1] != ids[t]
+            total += 1
+    assert oracle["rate"] == pytest.approx(differ / total)
+
+    # A router that knows the assistant's choice writes the same text at the same rate.
+    def knows(context):
+        prefix = torch.tensor([ids[: start + int(context.step[0])]])
+        with torch.no_grad():
+            wanted = int(big(prefix).logits[0, -1].argmax())
+        return context.ask_where(context.base_logits.argmax(-1) != wanted)
+
+    problem, generation = sweep.problems[0], sweep.texts["assistant"][0]
+    ids, start = problem.prompt_ids + generation.token_ids, len(problem.prompt_ids)
+    out = base.generate(
+        torch.tensor([problem.prompt_ids]), assistant=big, router=knows, speculate=False, do_sample=False,
+        max_new_tokens=24, return_dict_in_generate=True,
+    )  # fmt: skip
+    assert out.sequences[0, start:].tolist() == generation.token_ids
+
+
+def test_proxy_tuning_needs_its_third_model(sweep):
+    with pytest.raises(ConfigurationError, match="--untuned"):
+        sweep.points("proxy_tuning", [])
+    sweep.untuned = tiny_model(seed=9)
+    [point] = sweep.points("proxy_tuning", [])
+    assert point["rate"] == 1
+    with pytest.raises(ConfigurationError, match='Did you mean "entropy"'):
+        sweep.points("entropi", [])
+
+
+def test_other_problems_calibrate(sweep):
+    sweep.calibration = []
+    with pytest.raises(ConfigurationError, match="not reported"):
+        sweep.points("entropy", [0.2])
+    sweep.models.model.config.deferral.calibration = [
+        {"rate": 0.1, "threshold": 0.9},
+        {"rate": 0.5, "threshold": 0.4},
+    ]
+    [point] = sweep.points("learned", [0.5])
+    assert point["asked_rate"] == 0.5
+
+
+def test_comparison_is_by_the_asked_rate():
+    def point(method, asked, scores):
+        return {"method": method, "asked_rate": asked, "quality": sum(scores) / len(scores), "scores": scores}
+
+    points = [
+        point("base", None, [0.0] * 4),
+        point("assistant", None, [1.0] * 4),
+        point("random", 0.2, [0, 0, 0, 1]),
+        point("random", 0.5, [1, 1, 1, 1]),
+        point("learned", 0.2, [1, 1, 0, 1]),
+    ]
+    add_comparisons(points)
+    assert points[-1]["recovered"] == 0.75
+    assert points[-1]["over_random"]["difference"] == 0.5
+    assert "over_random" not in points[0]
+    assert "over_random" not in points[2]
+
+
+def test_the_command_writes_json_png_and_html_and_goes_on_where_it_was(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    model = tiny_collm()
+    model.deferral_head.weight.data.mul_(0.3)
+    save_plain(model, tmp_path / "base")
+    save_plain(tiny_model(seed=5), tmp_path / "big")
+    rows = [{"question": f"w{i} =", "answer": f"#### {i % 10}"} for i in range(16)]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = [
+        "sweep", str(tmp_path / "base"), "--assistant", str(tmp_path / "big"), "--data", str(tmp_path / "d.jsonl"),
+        "--task", "gsm8k", "--max-new-tokens", "12", "--calibration-problems", "8", "--rates", "0.3",
+        "--methods", "base", "assistant", "learned", "random", "--output", str(tmp_path / "o"),
+        "--weak-supervision", str(tmp_path / "base"), "--fine-tuned", str(tmp_path / "big"),
+    ]  # fmt: skip
+    assert main(command) == 0
+    said = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    methods = [point["method"] for point in said["points"]]
+    assert methods == ["base", "assistant", "learned", "random", "fine-tuned base", "weak supervision"]
+    by_method = {point["method"]: point for point in said["points"]}
+    assert by_method["weak supervision"]["quality"] == by_method["learned"]["quality"]
+    assert by_method["fine-tuned base"]["quality"] == by_method["assistant"]["quality"]
+    for name in ("sweep.json", "sweep.html", "sweep-rate.png", "sweep-parameters.png", "sweep-seconds.png"):
+        assert (tmp_path / "o" / name).stat().st_size > 1000
+    before = {path: path.read_bytes() for path in (tmp_path / "o" / "texts").rglob("*.jsonl")}
+    assert main(command) == 0
+    assert json.loads(capsys.readouterr().out.strip().splitlines()[-1]) == said
+    assert {path: path.read_bytes() for path in (tmp_path / "o" / "texts").rglob("*.jsonl")} == before
