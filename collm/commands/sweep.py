@@ -188,8 +188,8 @@ def _write_report(folder: Path, results: dict[str, Any], sweep: Any, options: Sw
     points, settings = results["points"], results["settings"]
     parts = [
         paragraph(
-            f"{points[0]['problems']} problems of {settings['data']}, at most {settings['max_new_tokens']} new "
-            f"tokens, greedy, batches of {settings['batch_size']}; thresholds from {options.calibration_problems} other problems."
+            f"{points[0]['problems']} problems of {settings['data']}, at most {settings['max_new_tokens']} new tokens, "
+            f"greedy, batches of {settings['batch_size']}. Thresholds come from {options.calibration_problems} others."
         ),
         table(_rows(points), "Rates are realised ones; differences in percentage points with paired 95% intervals"),
     ]
