@@ -8,7 +8,8 @@
     ├── DataFormatError           rows, columns or files that cannot be read as training data
     ├── ScoreMismatchError        scores of another model, tokenizer or data set
     ├── CalibrationError          a deferral rate was asked for and no table answers it
-    └── AssistantError            an assistant failed while it was asked
+    ├── AssistantError            an assistant failed while it was asked
+    └── TrainingError             training cannot go on: a loss that is no number, a checkpoint that cannot be written
 """
 
 from __future__ import annotations
@@ -51,6 +52,10 @@ class CalibrationError(CoLLMError):
 
 class AssistantError(CoLLMError):
     """An assistant failed while it was asked for a token."""
+
+
+class TrainingError(CoLLMError):
+    """Training cannot go on: a loss that is no number, or a checkpoint that cannot be written."""
 
 
 def did_you_mean(name: str, allowed: Iterable[str]) -> str:

@@ -24,9 +24,11 @@ from .cache import cache_targets
 from .distributed import from_main_process, processes
 from .solver import Solution, head_logits, roc_auc, solve_head
 from .targets import Collator, TargetData, collect_targets, deferral_model
-from .zinit import DEFAULT_L2, ZInitialization, copy_standardisation, fit_pseudo_labels, write_head
+from .zinit import ZInitialization, copy_standardisation, fit_pseudo_labels, write_head
 
 logger = logging.getLogger(__name__)
+
+HEAD_L2 = 1e-3
 
 
 @dataclass
@@ -77,7 +79,7 @@ def train_head(
     method: str = "a",
     ignore_both_wrong: bool = False,
     positive_weight: float | str = 8.0,
-    l2: float = DEFAULT_L2,
+    l2: float = HEAD_L2,
     held_out: float = 0.1,
     max_iterations: int = 300,
     batch_size: int = 8,

@@ -235,14 +235,19 @@ def write_head(model: Any, weight: Tensor, bias: Tensor | None = None) -> None:
 
     weight: `(K, F)`; bias: `(K,)` or `None`, any float dtype.
     """
-    head = model.deferral_head
-    head = getattr(head, "modules_to_save", {}).get("default", head) if isinstance(head, nn.Module) else head
+    head = trained_head(model)
     for parameter, value in [(head.weight, weight), (head.bias, bias)]:
         if parameter is not None and value is not None:
             _write(parameter, value)
 
 
-def _write(parameter: nn.Parameter, value: Tensor) -> None:
+def trained_head(model: Any) -> nn.Linear:
+    """The deferral head that is trained: PEFT keeps a copy of it among its `modules_to_save`."""
+    head = deferral_model(model).deferral_head
+    return head.modules_to_save[head.active_adapters[0]] if hasattr(head, "modules_to_save") else head
+
+
+def _write(parameter: Tensor, value: Tensor) -> None:
     value = value.to(parameter.device, parameter.dtype)
     if isinstance(parameter, DTensor):  # FSDP2
         parameter.copy_(distribute_tensor(value, parameter.device_mesh, parameter.placements))
@@ -285,12 +290,19 @@ class ZInitializationCallback(TrainerCallback):
         self.result: ZInitialization | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        deferral = deferral_model(kwargs["model"]).config.deferral
         if state.global_step > 0:
             logger.warning("Z-initialisation skipped: training resumes at step %d with a head.", state.global_step)
+            # The Trainer restores weights and its own state, not config.json.
+            for entry in state.log_history:
+                if "z_initialization" in entry:
+                    copy_standardisation(entry["z_initialization"], deferral)
             return
         loader = kwargs["train_dataloader"]
         settings = {"batch_size": args.per_device_train_batch_size, "progress": not args.disable_tqdm, **self.settings}
         self.result = z_initialise(kwargs["model"], loader.dataset, loader.collate_fn, **settings)
         if state.is_world_process_zero:
             tqdm.write(str(self.result))
-            state.log_history.append({"z_initialization": asdict(self.result), "step": 0})
+        names = ("uncertainty_mean", "uncertainty_std")
+        kept = {**asdict(self.result), **{name: deferral[name] for name in names}}
+        state.log_history.append({"z_initialization": kept, "step": 0})

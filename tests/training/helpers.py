@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import torch
-from conftest import VOCAB_SIZE, random_batch
+from conftest import VOCAB_SIZE, random_batch, save_plain, tiny_model, tiny_tokenizer
+from datasets import Dataset
+
+from collm.data.formatting import format_rows
+from collm.data.scoring import score_dataset
 
 
 def scored_rows(count: int = 40, num_assistants: int = 1, seed: int = 0, length: int = 16) -> list[dict]:
@@ -42,3 +46,26 @@ def separable_rows(model, count: int = 120, seed: int = 0, length: int = 16) -> 
     correct[:, 1:] = chosen
     columns = {"input_ids": input_ids, "labels": labels, "assistant_logprobs": logprobs, "assistant_correct": correct}
     return [{name: value[i].tolist() for name, value in columns.items()} for i in range(count)]
+
+
+def make_run(folder, architecture: str = "llama", count: int = 24, assistants: int = 1, **overrides) -> dict[str, str]:
+    """Folders of a base, of its assistants, and of a data set that they wrote together and that is scored by them."""
+    generator = torch.Generator().manual_seed(0)
+    models = [
+        tiny_model(architecture, 0, **overrides),
+        *(tiny_model(architecture, k) for k in range(1, assistants + 1)),
+    ]
+    paths = [save_plain(model, folder / f"model-{k}") for k, model in enumerate(models)]
+    rows = []
+    for _ in range(count):
+        prompt, length = torch.randint(2, 5, (), generator=generator), torch.randint(3, 14, (), generator=generator)
+        ids = torch.randint(4, VOCAB_SIZE, (1, int(prompt)), generator=generator)
+        for _ in range(int(length)):
+            writer = models[int(torch.randint(0, len(models), (), generator=generator))]
+            with torch.no_grad():
+                ids = torch.cat([ids, writer(ids).logits[:, -1:].argmax(-1)], dim=1)
+        labels = [-100] * int(prompt) + ids[0, int(prompt) :].tolist()
+        rows.append({"input_ids": ids[0].tolist(), "labels": labels})
+    dataset, _ = format_rows(Dataset.from_list(rows), tiny_tokenizer())
+    score_dataset(dataset, tiny_tokenizer(), paths[1:], folder / "scored")
+    return {"model": paths[0], "data": str(folder / "scored"), "assistant": paths[1]}
