@@ -17,6 +17,7 @@ collm eval my-checkpoint --assistant Qwen/Qwen2.5-Coder-1.5B-Instruct --data gsm
 collm eval my-checkpoint --data gsm8k/dev.jsonl --task gsm8k --alone base --output results/base
 collm eval my-checkpoint --data mine.jsonl --metric my_module:my_metric --output results/mine
 collm eval my-checkpoint --data gsm8k/dev.jsonl --task gsm8k --perplexity --output results/perplexity
+collm eval my-checkpoint --data question.jsonl --task mt_bench --max-new-tokens 1024 --output results/mt-bench
 """
 
 
@@ -54,6 +55,8 @@ def run(models: ModelOptions, data: DataOptions, decoding: DecodingOptions, opti
 
     if options.perplexity:
         results = _perplexity(models, data)
+    elif data.task == "mt_bench":
+        results = _mt_bench(models, data, decoding, options)
     else:
         metric = options.metric or data.default_metric()
         if metric is None:
@@ -155,6 +158,20 @@ def _perplexity(models: ModelOptions, data: DataOptions) -> dict[str, Any]:
                 f"[{value['low']:.3f}, {value['high']:.3f}]"
             )
     return {**results, "settings": {**dataclasses.asdict(models), "data": data.data, "task": data.task}}
+
+
+def _mt_bench(
+    models: ModelOptions, data: DataOptions, decoding: DecodingOptions, options: EvalOptions
+) -> dict[str, Any]:
+    from collm.evaluation.generations import weights_fingerprint
+    from collm.evaluation.mt_bench import answer_questions
+
+    loaded, tokenizer, names = _load(models, options.alone)
+    arguments = {} if options.alone else decoding.arguments()
+    settings = {"weights": [weights_fingerprint(model) for model in loaded], "names": names, "decoding": arguments}
+    path = answer_questions(data, loaded[0], loaded[1:], tokenizer, arguments, Path(options.output), settings)
+    print(f"answers for FastChat's judge: {path}")
+    return {"answers": str(path), "questions": len(data.rows()), "settings": settings}
 
 
 def _print_table(results: dict[str, Any]) -> None:

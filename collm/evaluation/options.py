@@ -19,7 +19,7 @@ class DataOptions:
     data: str = field(metadata={"help": "problems: JSON lines, JSON or parquet file, folder, or name on the Hub"})
     task: str | None = field(
         default=None,
-        metadata={"help": "how rows become prompts: gsm8k, math, tulu, bioasq; default: rows have prompt or messages"},
+        metadata={"help": "gsm8k, math, tulu, bioasq or mt_bench; default: rows have prompt or messages"},
     )
     split: str = field(default="train", metadata={"help": "split to read where there are several"})
     dataset_config: str | None = field(default=None, metadata={"help": "configuration of a data set on the Hub"})

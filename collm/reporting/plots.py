@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's palette; a method also has a marker and a line style of its own, so that colour is never the only cue.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#8C7A00", "#56B4E9", "#E69F00", "#7F7F7F")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "h")  # one more than colours: pairs repeat after 72 methods
 LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (3, 3)), (0, (1, 1)), (0, (8, 2)))
 INK = "#010203"  # stands for the page's text colour: `svg` replaces it by currentColor
 
@@ -167,4 +167,4 @@ def _axes(width: float, height: float) -> tuple[Figure, Any]:
 
 
 def _percent(value: float, _position: int) -> str:
-    return f"{100 * value:.0f}%"
+    return f"{100 * value:.3g}%"
