@@ -22,7 +22,8 @@ def test_later_turns_see_the_models_own_answers(tmp_path, capsys):
     (tmp_path / "question.jsonl").write_text("".join(json.dumps(row) + "\n" for row in QUESTIONS))
     command = [
         "eval", str(tmp_path / "base"), "--assistant", str(tmp_path / "big"), "--task", "mt_bench",
-        "--threshold", "0.5", "--data", str(tmp_path / "question.jsonl"), "--max-new-tokens", "8", "--output", str(tmp_path / "o"),
+        "--threshold", "0.5", "--data", str(tmp_path / "question.jsonl"), "--max-new-tokens", "8",
+        "--output", str(tmp_path / "o"),
     ]  # fmt: skip
     assert main(command) == 0
     path = json.loads(capsys.readouterr().out.strip().splitlines()[-1])["answers"]
