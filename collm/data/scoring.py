@@ -17,6 +17,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -24,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from collm.data.tokenizers import check_same_tokenizer, load_tokenizer, tokenizer_fingerprint
@@ -36,7 +38,7 @@ if TYPE_CHECKING:
     from collm.data.formatting import FormatReport
 
 SCORES_FILE = "collm_scores.json"
-LOGITS_PER_CHUNK = 2**25  # logits that exist at once: 128 MiB in float32, 220 positions of a vocabulary of 152k
+LOGITS_PER_CHUNK = 2**25  # most logits that exist at once: 128 MiB in float32, 220 positions of a vocabulary of 152k
 QUANTIZATIONS = ("4bit", "8bit")
 
 # (input_ids, labels), one list per sequence -> float32 (N,) log-probabilities in nats and bool (N,) whether the target
@@ -97,14 +99,16 @@ def score_batch(model: PreTrainedModel, input_ids: Tensor, labels: Tensor) -> tu
     hidden = model.base_model(input_ids=input_ids, use_cache=False)[0]
     targets = labels[:, 1:] != -100
     hidden, tokens = hidden[:, :-1][targets.to(hidden.device)], labels[:, 1:][targets].to(hidden.device)
-    size = max(1, LOGITS_PER_CHUNK // model.config.get_text_config(decoder=True).vocab_size)
+    # A chunk and its float32 copies stay below what a plain forward spends on the logits of this batch.
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    size = max(1, min(LOGITS_PER_CHUNK // vocabulary, input_ids.numel() // 8))
     logprobs = torch.empty(len(tokens), dtype=torch.float32, device=hidden.device)
     correct = torch.empty(len(tokens), dtype=torch.bool, device=hidden.device)
     for start in range(0, len(tokens), size):
         part = slice(start, start + size)
         logits = lm_head_logits(model, hidden[part].unsqueeze(0))[0].float()
         correct[part] = logits.argmax(-1) == tokens[part]
-        logprobs[part] = logits.gather(-1, tokens[part].unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
+        logprobs[part] = -F.cross_entropy(logits, tokens[part], reduction="none")
     return logprobs, correct
 
 
@@ -275,7 +279,6 @@ def plan_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
 def _score_share(
     settings: AssistantSettings, view: Dataset, share: list[tuple[int, list[int]]], folder: Path, state: Any
 ) -> None:
-    from safetensors.torch import save
     from tqdm.auto import tqdm
 
     todo = [(number, rows) for number, rows in share if not _shard(folder, number).exists()]
@@ -293,11 +296,26 @@ def _score_share(
         unit_scale=True,
         disable=not state.is_main_process,
     ) as progress:
-        for number, rows in todo:
-            batch = view[rows]
-            logprobs, correct = _ask(scorer, settings.name, batch)
-            _write(_shard(folder, number), save({"logprobs": logprobs, "correct": correct}))
+        for rows in score_batches(scorer, settings.name, view, todo, folder):
             progress.update(int(lengths[rows].sum()))
+
+
+def score_batches(
+    scorer: Scorer, name: str, view: Dataset, batches: list[tuple[int, list[int]]], folder: Path
+) -> Iterator[list[int]]:
+    """Score numbered batches of rows, one file each, and yield the rows of each as it is done."""
+    from safetensors.torch import save
+
+    with ThreadPoolExecutor(1) as writer:  # the disk is waited for while the next batch is computed
+        writing: Future | None = None
+        for number, rows in batches:
+            logprobs, correct = _ask(scorer, name, view[rows])
+            if writing is not None:
+                writing.result()
+            writing = writer.submit(_write, _shard(folder, number), save({"logprobs": logprobs, "correct": correct}))
+            yield rows
+        if writing is not None:
+            writing.result()
 
 
 def _ask(scorer: Scorer, name: str, batch: dict[str, list[list[int]]]) -> tuple[Tensor, Tensor]:
