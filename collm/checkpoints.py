@@ -1,9 +1,9 @@
 """Reading and writing deferral checkpoints in all their forms.
 
-    full          an ordinary checkpoint of the architecture plus `deferral_head.weight` (plain `save_pretrained`)
-    head-only     config.json and `deferral_head.safetensors`, a few kilobytes, naming its base in `deferral.base_model`
-    LoRA          PEFT's adapter folder with `deferral_head` among `modules_to_save`, plus our config.json
-    merged        the paper's: one more vocabulary row, `<|defer|>`, in embedding and LM head
+full          an ordinary checkpoint of the architecture plus `deferral_head.weight` (plain `save_pretrained`)
+head-only     config.json and `deferral_head.safetensors`, a few kilobytes, naming its base in `deferral.base_model`
+LoRA          PEFT's adapter folder with `deferral_head` among `modules_to_save`, plus our config.json
+merged        the paper's: one more vocabulary row, `<|defer|>`, in embedding and LM head
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from transformers.utils import cached_file
 
 from .configuration import DeferralConfig
 from .errors import CheckpointError, ConfigurationError
-from .modeling import base_class_for, collm_class
+from .modeling import CoLLMForCausalLM, base_class_for, collm_class
 
 HEAD_FILE = "deferral_head.safetensors"
 ADAPTER_FILE = "adapter_config.json"
@@ -31,7 +31,7 @@ DEFER_TOKEN = "<|defer|>"
 # Arguments that say where a file lies; everything else in from_pretrained's kwargs is about the model.
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 # Arguments that AutoConfig would swallow although the model needs them.
-MODEL_ARGUMENTS = ("dtype", "torch_dtype", "quantization_config")
+MODEL_ARGUMENTS = ("attn_implementation", "dtype", "experts_implementation", "quantization_config", "torch_dtype")
 
 
 def load_deferral_checkpoint(
@@ -55,6 +55,7 @@ def load_deferral_checkpoint(
         if config is None:
             config, kwargs = AutoConfig.from_pretrained(name, return_unused_kwargs=True, **kwargs)
     kwargs = {**kwargs, **hub, **held}
+    want_info = kwargs.pop("output_loading_info", False)
     base_class = base_class_for(config)
 
     # 2. The head's settings.
@@ -65,14 +66,17 @@ def load_deferral_checkpoint(
         config.deferral.base_model = name
 
     # 3. The weights.
+    info: dict[str, Any] = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
     with _checkpoint_errors(name):
         if defer_row is not None:
-            return _load_paper_checkpoint(name, base_class, config, defer_row, kwargs)
-        if trained and _find(name, ADAPTER_FILE, hub):
-            return _load_adapter(name, config, hub, kwargs)
-        if trained and _find(name, HEAD_FILE, hub):
-            return _load_head_only(name, config, hub, kwargs)
-        return _load_full(name, base_class, config, trained, args, kwargs)
+            model = _load_paper_checkpoint(name, base_class, config, defer_row, kwargs)
+        elif trained and _find(name, ADAPTER_FILE, hub):
+            model = _load_adapter(name, config, hub, kwargs)
+        elif trained and _find(name, HEAD_FILE, hub):
+            model = _load_head_only(name, config, hub, kwargs)
+        else:
+            model, info = _load_full(name, base_class, config, trained, args, kwargs)
+    return (model, info) if want_info else model
 
 
 def _settle_deferral(
@@ -90,7 +94,9 @@ def _settle_deferral(
     else:
         new = DeferralConfig.from_any(given if given is not None else {"num_assistants": num_assistants or 1})
         if num_assistants not in (None, new.num_assistants):
-            raise ConfigurationError(f"num_assistants={num_assistants} but deferral has num_assistants={new.num_assistants}.")
+            raise ConfigurationError(
+                f"num_assistants={num_assistants} but deferral has num_assistants={new.num_assistants}."
+            )
         return new
     settings = dict(given or {})
     if isinstance(given, DeferralConfig):  # a whole config: only what differs from the defaults was meant
@@ -108,22 +114,29 @@ def _settle_deferral(
 
 def _load_full(
     name: str, base_class: Any, config: PreTrainedConfig, trained: bool, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
-    want_info = kwargs.pop("output_loading_info", False)
-    model, info = collm_class(base_class).from_pretrained(
-        name, *args, config=config, output_loading_info=True, **kwargs
-    )
+) -> tuple[Any, dict[str, Any]]:
+    try:
+        model, info = collm_class(base_class).from_pretrained(
+            name, *args, config=config, output_loading_info=True, **kwargs
+        )
+    except RuntimeError as error:
+        if trained and "mismatched_keys" in str(error):
+            raise CheckpointError(
+                f'the weights of "{name}" have other shapes than its config.json says (transformers\' report above names '
+                f"them; the head should have {config.deferral.num_assistants} rows). One of the two was replaced."
+            ) from error
+        raise
     if trained and any(key.startswith("deferral_head.") for key in info["missing_keys"]):
         raise CheckpointError(
             f'"{name}" says in config.json that it has a deferral head, but its weights have none. It was probably saved '
             "through AutoModelForCausalLM; save it again from a CoLLMForCausalLM."
         )
-    return (model, info) if want_info else model
+    return model, info
 
 
 def _load_head_only(name: str, config: PreTrainedConfig, hub: dict[str, Any], kwargs: dict[str, Any]) -> Any:
     model = _load_base_of(name, config, hub, kwargs)
-    state = load_file(_find(name, HEAD_FILE, hub))
+    state = load_file(str(_find(name, HEAD_FILE, hub)))
     model.deferral_head.load_state_dict(state)
     model.name_or_path = name
     return model
@@ -140,13 +153,21 @@ def _load_adapter(name: str, config: PreTrainedConfig, hub: dict[str, Any], kwar
 
 
 def _load_base_of(name: str, config: PreTrainedConfig, hub: dict[str, Any], kwargs: dict[str, Any]) -> Any:
-    base_name = config.deferral.base_model
-    if not base_name:
-        raise CheckpointError(f'"{name}" holds only a head or an adapter and does not name its base (deferral.base_model).')
+    deferral = config.deferral
+    if not deferral.base_model:
+        raise CheckpointError(
+            f'"{name}" holds only a head or an adapter and does not name its base: config.json has no deferral.base_model.'
+        )
     # Revision and subfolder belong to the checkpoint, the rest (token, cache, offline) to both.
     kwargs = {key: value for key, value in kwargs.items() if key not in ("revision", "subfolder")}
-    model = load_deferral_checkpoint(base_name, deferral=DeferralConfig.from_any(dict(config.deferral)), **kwargs)
-    model.config.deferral.base_model = base_name
+    hub = {key: value for key, value in hub.items() if key in kwargs}
+    base_config = AutoConfig.from_pretrained(deferral.base_model, **hub)
+    if getattr(base_config, "deferral", None) is None and _paper_defer_row(deferral.base_model, hub) is None:
+        base_class = base_class_for(base_config)
+        model = base_class.from_pretrained(deferral.base_model, **kwargs)
+        return CoLLMForCausalLM.from_base(model, deferral=deferral)
+    model = load_deferral_checkpoint(deferral.base_model, deferral=dict(deferral), **kwargs)
+    model.config.deferral.base_model = deferral.base_model
     return model
 
 
@@ -159,7 +180,7 @@ def _load_paper_checkpoint(
     model = base_class.from_pretrained(name, config=config, **kwargs)
     row = model.get_output_embeddings().weight[defer_row].detach().float().clone()
     model.resize_token_embeddings(defer_row, mean_resizing=False)
-    model = collm_class(base_class).from_base(model, deferral=deferral)
+    model = CoLLMForCausalLM.from_base(model, deferral=deferral)
     model.deferral_head.weight.data.copy_(row.unsqueeze(0))
     return model
 

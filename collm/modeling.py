@@ -11,12 +11,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import os
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import (
@@ -26,6 +28,7 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers import initialization as init
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.utils import ModelOutput
 
@@ -200,6 +203,20 @@ class CoLLMForCausalLM(_Mixin):
         for kept in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
             setattr(model, kept, {*(getattr(model, kept) or ()), "deferral_head"})
         return model
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """As the architecture says: transformers renames and fuses old checkpoints' weights for its own classes only."""
+        return cls.base_class.is_custom_code()
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], is_main_process: bool = True, *args: Any, **kwargs: Any
+    ) -> None:
+        """As in transformers (same arguments); config.json names `CoLLMForCausalLM` as its architecture."""
+        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
+        if is_main_process:
+            self.config.architectures = ["CoLLMForCausalLM"]
+            self.config.save_pretrained(save_directory)
 
     # ---------------------------------------------------------------------------------------------------- forward
 
@@ -500,44 +517,43 @@ def base_class_for(config: PreTrainedConfig, given: type[PreTrainedModel] | None
     return classes[0] if isinstance(classes, (list, tuple)) else classes
 
 
+_NOT_KEYWORDS = ("self", "input_ids", "attention_mask", "args", "kwargs")
+
+
 @functools.cache
 def collm_class(base_class: type[PreTrainedModel]) -> type[CoLLMForCausalLM]:
-    """`CoLLM<Base>`, built once for each architecture; it calls itself CoLLMForCausalLM in config.json."""
+    """`CoLLM<Base>`, built once for each architecture."""
 
-    def forward(self: Any, input_ids: Tensor | None = None, **kwargs: Any) -> Any:
-        return CoLLMForCausalLM.forward(self, input_ids, **kwargs)
+    def forward(self: Any, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
+        return CoLLMForCausalLM.forward(self, input_ids, attention_mask, **kwargs)
 
     # transformers reads the signature to check generate's arguments, keep a data set's columns, pass positions.
     ours = inspect.signature(CoLLMForCausalLM.forward).parameters
     theirs = inspect.signature(base_class.forward).parameters
-    merged = {**{n: p for n, p in theirs.items() if n not in ours}, **ours}
-    forward.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-        [p.replace(kind=p.KEYWORD_ONLY) if n not in ("self", "input_ids", "kwargs") else p for n, p in _ordered(merged)]
-    )
+    positional = list(inspect.signature(forward).parameters.values())[:-1]
+    named = {**theirs, **ours}
+    keywords = [named[n].replace(kind=inspect.Parameter.KEYWORD_ONLY) for n in named if n not in _NOT_KEYWORDS]
+    forward.__signature__ = inspect.Signature([*positional, *keywords, ours["kwargs"]])  # type: ignore[attr-defined]
     namespace = {
         "__module__": __name__,
-        "__qualname__": f"CoLLM{base_class.__name__}",
         "__doc__": CoLLMForCausalLM.__doc__,
         "forward": forward,
         "base_class": base_class,
         "_keep_in_fp32_modules": [*(base_class._keep_in_fp32_modules or []), "deferral_head"],
         "_keep_in_fp32_modules_strict": [*(base_class._keep_in_fp32_modules_strict or []), "deferral_head"],
     }
-    return type("CoLLMForCausalLM", (CoLLMForCausalLM, base_class), namespace)  # type: ignore[return-value]
-
-
-def _ordered(parameters: dict[str, inspect.Parameter]) -> list[tuple[str, inspect.Parameter]]:
-    rank = {"self": 0, "input_ids": 1, "kwargs": 3}
-    return sorted(parameters.items(), key=lambda item: rank.get(item[0], 2))
+    # What transformers files under the name of a class (GPT-NeoX: the LM head's old name) holds for ours too.
+    conversion = get_checkpoint_conversion_mapping(base_class.__name__)
+    if conversion is not None:
+        register_checkpoint_conversion_mapping(f"CoLLM{base_class.__name__}", conversion, overwrite=True)
+    return type(f"CoLLM{base_class.__name__}", (CoLLMForCausalLM, base_class), namespace)  # type: ignore[return-value]
 
 
 def __getattr__(name: str) -> Any:
-    """Find `CoLLM<Base>` by name, so that models can be pickled (data loaders, multiprocessing)."""
-    base_name = name.removeprefix("CoLLM")
-    for classes in MODEL_FOR_CAUSAL_LM_MAPPING.values() if base_name != name else ():
-        for candidate in classes if isinstance(classes, (list, tuple)) else [classes]:
-            if candidate.__name__ == base_name:
-                return collm_class(candidate)
+    """Find `CoLLM<Base>` by name, so that a pickled model loads in a process that has not built the class yet."""
+    base_class = getattr(transformers, name.removeprefix("CoLLM"), None) if name.startswith("CoLLM") else None
+    if isinstance(base_class, type) and issubclass(base_class, PreTrainedModel):
+        return collm_class(base_class)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
