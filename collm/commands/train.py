@@ -6,7 +6,7 @@ import json
 
 from collm.training.arguments import TrainArguments as Arguments
 
-HELP = "train a base and its deferral head on scored data; killed, it goes on from the last checkpoint"
+HELP = "train a base and its deferral head on scored data; killed, it goes on where it was"
 EXAMPLE = """
 collm train examples/configs/head_only.yaml --model org/small --data scored --output-dir deferral
 collm train examples/configs/paper.yaml --model org/small --data scored --deferral-cost 0.2
