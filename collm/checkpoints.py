@@ -50,10 +50,9 @@ def load_deferral_checkpoint(
     # 1. config.json and the architecture.
     hub = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
     held = {key: kwargs.pop(key) for key in MODEL_ARGUMENTS if key in kwargs}
-    with _checkpoint_errors(name):
-        config = kwargs.pop("config", None)
-        if config is None:
-            config, kwargs = AutoConfig.from_pretrained(name, return_unused_kwargs=True, **kwargs)
+    config = kwargs.pop("config", None)
+    if config is None:
+        config, kwargs = _read_config(name, kwargs)
     kwargs = {**kwargs, **hub, **held}
     want_info = kwargs.pop("output_loading_info", False)
     base_class = base_class_for(config)
@@ -77,6 +76,25 @@ def load_deferral_checkpoint(
         else:
             model, info = _load_full(name, base_class, config, trained, args, kwargs)
     return (model, info) if want_info else model
+
+
+def _read_config(name: str, kwargs: dict[str, Any]) -> tuple[PreTrainedConfig, dict[str, Any]]:
+    """The config, and the arguments that it did not use."""
+    looks_like_path = os.path.isabs(name) or name.startswith((".", "~")) or name.count("/") > 1
+    if looks_like_path and not os.path.isdir(name):
+        raise CheckpointError(f'there is no folder "{name}".')
+    if os.path.isdir(name) and _find(name, "config.json", kwargs) is None:
+        hint = (
+            ": it is an adapter that PEFT saved alone; add one with collm.checkpoints.save_deferral_config"
+            if _find(name, ADAPTER_FILE, kwargs)
+            else ""
+        )
+        raise CheckpointError(f'there is no config.json in "{name}"{hint}.')
+    with _checkpoint_errors(name):
+        try:
+            return AutoConfig.from_pretrained(name, return_unused_kwargs=True, **kwargs)
+        except ValueError as error:  # no model type, an unknown one, or values that make no config
+            raise CheckpointError(f'config.json of "{name}" cannot be used: {error}') from error
 
 
 def _settle_deferral(
@@ -106,8 +124,8 @@ def _settle_deferral(
     for key in ("num_assistants", "features", "bias"):
         if settings.get(key, saved[key]) != saved[key]:
             raise CheckpointError(
-                f'the deferral head of "{name}" was trained with {key}={saved[key]!r}, not {settings[key]!r}. Load it as it '
-                f"is, or start a new head from its base{f' ({saved.base_model})' if saved.base_model else ''}."
+                f'the deferral head of "{name}" was trained with {key}={saved[key]!r}, not {settings[key]!r}. Load it '
+                f"as it is, or start a new head from its base{f' ({saved.base_model})' if saved.base_model else ''}."
             )
     return DeferralConfig.from_any({**saved, **settings})
 
@@ -120,24 +138,30 @@ def _load_full(
             name, *args, config=config, output_loading_info=True, **kwargs
         )
     except RuntimeError as error:
-        if trained and "mismatched_keys" in str(error):
+        if trained and "ignore_mismatched_sizes" in str(error):
             raise CheckpointError(
-                f'the weights of "{name}" have other shapes than its config.json says (transformers\' report above names '
-                f"them; the head should have {config.deferral.num_assistants} rows). One of the two was replaced."
+                f'the weights of "{name}" have other shapes than its config.json says, e.g. for the head, which should '
+                f"have {config.deferral.num_assistants} rows (transformers' report above names them): one of the two "
+                "files was replaced."
             ) from error
         raise
     if trained and any(key.startswith("deferral_head.") for key in info["missing_keys"]):
         raise CheckpointError(
-            f'"{name}" says in config.json that it has a deferral head, but its weights have none. It was probably saved '
-            "through AutoModelForCausalLM; save it again from a CoLLMForCausalLM."
+            f'"{name}" says in config.json that it has a deferral head, but its weights have none. It was probably '
+            "saved through AutoModelForCausalLM: save it again from a CoLLMForCausalLM, or delete `deferral` from its "
+            "config.json to start a new head."
         )
     return model, info
 
 
 def _load_head_only(name: str, config: PreTrainedConfig, hub: dict[str, Any], kwargs: dict[str, Any]) -> Any:
     model = _load_base_of(name, config, hub, kwargs)
-    state = load_file(str(_find(name, HEAD_FILE, hub)))
-    model.deferral_head.load_state_dict(state)
+    try:
+        model.deferral_head.load_state_dict(load_file(str(_find(name, HEAD_FILE, hub))))
+    except RuntimeError as error:
+        raise CheckpointError(
+            f'the head in "{name}" does not fit its config.json or its base {config.deferral.base_model}: {error}'
+        ) from error
     model.name_or_path = name
     return model
 
@@ -156,12 +180,13 @@ def _load_base_of(name: str, config: PreTrainedConfig, hub: dict[str, Any], kwar
     deferral = config.deferral
     if not deferral.base_model:
         raise CheckpointError(
-            f'"{name}" holds only a head or an adapter and does not name its base: config.json has no deferral.base_model.'
+            f'"{name}" holds only a head or an adapter and does not name its base: its config.json has no '
+            "deferral.base_model."
         )
     # Revision and subfolder belong to the checkpoint, the rest (token, cache, offline) to both.
     kwargs = {key: value for key, value in kwargs.items() if key not in ("revision", "subfolder")}
     hub = {key: value for key, value in hub.items() if key in kwargs}
-    base_config = AutoConfig.from_pretrained(deferral.base_model, **hub)
+    base_config, _ = _read_config(deferral.base_model, dict(hub))
     if getattr(base_config, "deferral", None) is None and _paper_defer_row(deferral.base_model, hub) is None:
         base_class = base_class_for(base_config)
         model = base_class.from_pretrained(deferral.base_model, **kwargs)
@@ -178,7 +203,13 @@ def _load_paper_checkpoint(
     deferral, config.deferral = config.deferral, None
     del config.deferral
     model = base_class.from_pretrained(name, config=config, **kwargs)
-    row = model.get_output_embeddings().weight[defer_row].detach().float().clone()
+    weight = model.get_output_embeddings().weight
+    if defer_row >= len(weight):
+        raise CheckpointError(
+            f'the tokenizer of "{name}" gives {DEFER_TOKEN} the id {defer_row}, but its LM head ends at '
+            f"{len(weight) - 1}."
+        )
+    row = weight[defer_row].detach().float().clone()
     model.resize_token_embeddings(defer_row, mean_resizing=False)
     model = CoLLMForCausalLM.from_base(model, deferral=deferral)
     model.deferral_head.weight.data.copy_(row.unsqueeze(0))
@@ -186,20 +217,19 @@ def _load_paper_checkpoint(
 
 
 def _paper_defer_row(name: str, hub: dict[str, Any]) -> int | None:
-    """Token id of `<|defer|>` where the checkpoint's tokenizer has it as its last token, else `None`."""
+    """Token id of `<|defer|>` where the checkpoint's tokenizer has added it, else `None`."""
     for file in ("added_tokens.json", "tokenizer_config.json", "tokenizer.json"):
         path = _find(name, file, hub)
-        if path is None or DEFER_TOKEN not in (text := Path(path).read_text(encoding="utf-8")):
-            continue
-        content = json.loads(text)
+        content = json.loads(Path(path).read_text(encoding="utf-8")) if path else {}
         if DEFER_TOKEN in content:
             return int(content[DEFER_TOKEN])
         decoder = content.get("added_tokens_decoder", {})
-        added = content.get("added_tokens", [])
-        added = added + [{"id": key, **value} for key, value in decoder.items() if isinstance(value, dict)]
-        for token in added:
-            if isinstance(token, dict) and token.get("content") == DEFER_TOKEN:
+        tokens = [*content.get("added_tokens", []), *({"id": key, **value} for key, value in decoder.items())]
+        for token in tokens:
+            if token.get("content") == DEFER_TOKEN:
                 return int(token["id"])
+        if decoder:
+            return None  # complete: tokenizer.json, megabytes to download and to read, says nothing else
     return None
 
 

@@ -206,7 +206,7 @@ class CoLLMForCausalLM(_Mixin):
 
     @classmethod
     def is_custom_code(cls) -> bool:
-        """As the architecture says: transformers renames and fuses old checkpoints' weights for its own classes only."""
+        """As the architecture says: transformers converts the weights in files for what it takes as its own only."""
         return cls.base_class.is_custom_code()
 
     def save_pretrained(

@@ -9,6 +9,7 @@ import pickle
 import pytest
 import torch
 from conftest import ARCHITECTURES, random_batch, randomise_head, save_plain, tiny_collm, tiny_config, tiny_model
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -80,6 +81,19 @@ def test_transformers_loads_it_as_the_base_with_one_unexpected_key(architecture,
     assert not info["missing_keys"]
     assert not info["mismatched_keys"]
     assert torch.equal(plain.eval()(**inputs()).logits, model(**inputs()).logits)
+
+
+@each_architecture
+@torch.no_grad()
+def test_files_have_the_names_that_transformers_gives_them_plus_the_head(architecture, tmp_path):
+    """Old names (GPT-NeoX) and unfused experts too, in both directions: other tools read and write those."""
+    plain = tiny_model(architecture)
+    plain.save_pretrained(tmp_path / "plain")
+    model = CoLLMForCausalLM.from_pretrained(tmp_path / "plain").eval()
+    assert torch.equal(model(**inputs()).logits, plain(**inputs()).logits)
+    model.save_pretrained(tmp_path / "ours")
+    names = [set(load_file(tmp_path / folder / "model.safetensors")) for folder in ("plain", "ours")]
+    assert names[1] == names[0] | {"deferral_head.weight"}
 
 
 @pytest.mark.parametrize("architecture", TIED)
@@ -167,16 +181,12 @@ def test_lora_trains_saves_reloads_and_merges(architecture, tmp_path):
 @torch.no_grad()
 def test_head_is_linear_on_what_the_lm_head_reads_and_on_standardised_uncertainty(architecture):
     model = tiny_collm(architecture)
-    model.config.deferral.uncertainty_mean, model.config.deferral.uncertainty_std = (
-        [1.0, 0.5, 0.1, 0.0],
-        [2.0, 3.0, 0.5, 1.0],
-    )
+    mean, std = [1.0, 0.5, 0.1, 0.0], [2.0, 3.0, 0.5, 1.0]
+    model.config.deferral.uncertainty_mean, model.config.deferral.uncertainty_std = mean, std
     seen = []
     model.get_output_embeddings().register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     out = model(**inputs())
-    uncertainty = (uncertainty_features(out.logits) - torch.tensor([1.0, 0.5, 0.1, 0.0])) / torch.tensor(
-        [2.0, 3.0, 0.5, 1.0]
-    )
+    uncertainty = (uncertainty_features(out.logits) - torch.tensor(mean)) / torch.tensor(std)
     features = torch.cat([seen[0], uncertainty], dim=-1)
     torch.testing.assert_close(out.deferral_logits, features @ model.deferral_head.weight.T)
 
