@@ -1,8 +1,8 @@
 """Combiners: what is written once an assistant is asked. Each is a small pure function of the models' distributions.
 
-A combiner takes a [`CombiningContext`] and returns scores `(rows, vocabulary)`, log-probabilities up to a constant per row.
-Logits processors, warpers and greedy choice or sampling apply to these scores. The same functions serve the batched loop
-and any engine that hands out whole distributions.
+A combiner takes a [`CombiningContext`] and returns scores `(rows, vocabulary)`, log-probabilities up to a constant per
+row. Logits processors, warpers and greedy choice or sampling apply to these scores. The same functions serve the
+batched loop and any engine that hands out whole distributions.
 
 Name one by a string (`"mixture"`, `"contrastive:alpha=0.1,beta=0.5"`), a dictionary, or pass a callable.
 """
@@ -26,10 +26,10 @@ class CombiningContext:
     """What a combiner sees for one deferred token of each of several rows, on one device.
 
     Args:
-        base_logits (`torch.Tensor` of shape `(rows, vocabulary)`): the base's next-token logits, true logits of the whole
-            vocabulary, before any logits processor.
-        assistant_logits (`torch.Tensor` of shape `(rows, vocabulary)`): those of the assistant that was asked; columns that
-            its vocabulary lacks are -inf.
+        base_logits (`torch.Tensor` of shape `(rows, vocabulary)`): the base's next-token logits, true logits of the
+            whole vocabulary, before any logits processor.
+        assistant_logits (`torch.Tensor` of shape `(rows, vocabulary)`): those of the assistant that was asked; columns
+            that its vocabulary lacks are -inf.
         deferral_probs (`torch.Tensor` of shape `(rows,)`): d_t, float32.
         others (`dict[str, torch.Tensor]`): logits `(rows, vocabulary)` of further models that the combiner named.
     """

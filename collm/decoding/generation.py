@@ -28,18 +28,17 @@ from .combiners import ResolvedCombiner, resolve_combiner
 from .loop import Choice, Decoder, Ending, decode
 from .registry import Spec
 from .routers import Router, learned, resolve_router, uses_randomness, uses_threshold
-from .speculation import DraftGate
+from .speculation import DraftGate, step_cost
 
 ON_ASSISTANT_ERROR = ("raise", "base")
-# Embeddings are padded to round numbers, so sizes differ within a family; by more than this share they mean other tokens.
+# Embeddings are padded to round numbers, so sizes differ within a family; by more than this they mean other tokens.
 PADDING_SHARE = 0.02
 
 # Options of transformers' generate that collaborative decoding does not have, and what to do instead.
 UNSUPPORTED = {
-    "num_beams": "beam search is not available: use greedy search or sampling (num_beams=1), or compose beam search with "
-    "CollaborativeLogitsProcessor",
-    "penalty_alpha": "contrastive search is not available: for contrastive decoding between the models pass "
-    'combiner="contrastive"',
+    "num_beams": "beam search is not available: use greedy search or sampling (num_beams=1), or compose beam search "
+    "with CollaborativeLogitsProcessor",
+    "penalty_alpha": "contrastive search is not available: combiner='contrastive' contrasts the two models",
     "dola_layers": "DoLa is not available: leave dola_layers out",
     "prompt_lookup_num_tokens": "prompt lookup is not available: speculate=True drafts with the base instead",
     "guidance_scale": "classifier-free guidance runs the model itself: compose it with CollaborativeLogitsProcessor",
@@ -47,7 +46,7 @@ UNSUPPORTED = {
     "force_words_ids": "constrained beam search is not available: use prefix_allowed_tokens_fn",
     "output_attentions": "attentions of two models are not collected: run the finished text through each model",
     "output_hidden_states": "hidden states of two models are not collected: run the finished text through each model",
-    "cache_implementation": "the caches are the loop's own, because they must roll back: leave cache_implementation out",
+    "cache_implementation": "the caches are the loop's own, since they must roll back: leave cache_implementation out",
 }
 NOT_FOR_COLLABORATION = {
     "past_key_values": "pass the whole conversation as input_ids; each model reads it once",
@@ -65,14 +64,15 @@ class CollaborativeOutput(ModelOutput):
 
     Args:
         sequences (`torch.LongTensor` of shape `(batch, prompt + new tokens)`): prompts and new tokens, padded behind.
-        source (`torch.LongTensor` of shape `(batch, new tokens)`): who wrote each: 0 the base, k assistant k, -1 padding.
+        source (`torch.LongTensor` of shape `(batch, new tokens)`): who wrote it: 0 the base, k assistant k, -1 padding.
         deferral_probs (`torch.FloatTensor` of shape `(batch, new tokens)`): d_t of the head; 0 at padding.
-        stats (`dict`): what it took. `base_calls`, `base_tokens`, `base_padding`, `base_discarded`: forwards of the base,
-            tokens that it read, padding read along, tokens rolled back; `assistant_*` the same as lists, one entry for
-            each assistant (then for the combiner's further models). `new_tokens`, `deferrals` (by assistant), `drafted`
-            and `accepted` (deferred tokens that a stand-in was drafted for, and that it was right for), `guesses` and
-            `guesses_right` (tokens that the base read along because the assistant expected them), `fallback` (for each
-            row the new token from which on it had to do without an assistant, or `None`), `seconds`.
+        stats (`dict`): what it took. `base_calls`, `base_tokens`, `base_padding`, `base_discarded`: forwards of the
+            base, tokens that it read, padding read along, tokens rolled back; `assistant_*` the same as lists, one
+            entry for each assistant (then for the combiner's further models). `new_tokens`, `deferrals` (by
+            assistant), `drafted` and `accepted` (deferred tokens that a stand-in was drafted for, and that it was
+            right for), `guesses` and `guesses_right` (tokens that the base read along because they were likely to
+            follow), `fallback` (for each row the new token from which on it had to do without an assistant, or `None`),
+            `seconds`.
         scores, logits (`tuple[torch.FloatTensor]`, *optional*): with `output_scores` / `output_logits`, one
             `(batch, vocabulary)` per new token, after and before logits processors, of whoever wrote; 0 at padding.
     """
@@ -128,7 +128,7 @@ class CollaborativeGenerationMixin:
         on_assistant_error: str = "raise",
         **kwargs: Any,
     ) -> Any:
-        r"""Generate text, token by token from the base or from an assistant. Without `assistant`, the base's `generate`.
+        r"""Generate text, token by token from the base or an assistant. Without `assistant`, the base's `generate`.
 
         Everything else is as in transformers: `max_new_tokens`, `do_sample` and its warpers, `eos_token_id`,
         `stop_strings` (with `tokenizer`), `stopping_criteria`, `logits_processor`, `num_return_sequences`, `max_time`,
@@ -144,12 +144,14 @@ class CollaborativeGenerationMixin:
                 calibration table. Not together with `threshold`.
             router (`str`, `dict` or `Callable`, *optional*, defaults to `"learned"`): who is asked; see
                 [`~collm.decoding.routers`].
-            combiner (`str`, `dict` or `Callable`, *optional*, defaults to `"assistant"`): what is written once an assistant
-                is asked; see [`~collm.decoding.combiners`].
-            speculate (`bool`, *optional*): let the base draft past tokens that it would defer, and verify several in one
-                pass of the assistant. The same tokens, usually sooner. Default: wherever both caches can be rolled back.
-            assistant_inputs (`dict` with `input_ids` and `attention_mask`, or a list of K of them, *optional*): prompts of
-                the assistants' own, with another chat template or retrieved documents, say. New tokens are shared.
+            combiner (`str`, `dict` or `Callable`, *optional*, defaults to `"assistant"`): what is written once an
+                assistant is asked; see [`~collm.decoding.combiners`].
+            speculate (`bool`, *optional*): let the base draft past tokens that it would defer, and verify several in
+                one pass of the assistant. The same tokens, usually sooner. Default: wherever both caches can be rolled
+                back.
+            assistant_inputs (`dict` with `input_ids` and `attention_mask`, or a list of K of them, *optional*):
+                prompts of the assistants' own, with another chat template or retrieved documents, say. New tokens are
+                shared.
             on_assistant_error (`"raise"` or `"base"`): what to do when an assistant raises, runs out of memory, or out
                 of positions. With `"base"` the tokens so far stand and the base goes on alone; see `stats["fallback"]`.
 
@@ -166,7 +168,7 @@ class CollaborativeGenerationMixin:
         Example:
 
         ```python
-        >>> out = model.generate(**inputs, assistant=big, threshold=0.6, max_new_tokens=64, return_dict_in_generate=True)
+        >>> out = model.generate(**inputs, assistant=big, threshold=0.6, return_dict_in_generate=True)
         >>> out.source[0]
         tensor([0, 0, 1, 0, 0, ...])
         ```
@@ -181,8 +183,8 @@ class CollaborativeGenerationMixin:
                 raise ConfigurationError(f"{name}= cannot be combined with assistant=: {instead}.")
         if kwargs.get("assistant_model") is not None:
             raise ConfigurationError(
-                "assistant_model= is transformers' speculative decoding, where a small model drafts for this one. Here the "
-                "base defers tokens to assistant=, and drafts by itself (speculate=True). Pass assistant= alone."
+                "assistant_model= is transformers' speculative decoding, where a small model drafts for this one. Here "
+                "the base defers tokens to assistant=, and drafts by itself (speculate=True). Pass assistant= alone."
             )
         if on_assistant_error not in ON_ASSISTANT_ERROR:
             raise ConfigurationError(
@@ -256,7 +258,7 @@ def collaborate(
             pad=int(pad) if pad is not None else 0,
             criteria=StoppingCriteriaList(c for c in stopping_criteria if not isinstance(c, known)),
         ),
-        gate=DraftGate(_bytes(models[1]) / _bytes(model)) if collaboration.speculate else None,
+        gate=DraftGate(step_cost(models[1]) / step_cost(model)) if collaboration.speculate else None,
         streamer=_streaming(collaboration.streamer),
         keep_scores=bool(generation_config.output_scores or generation_config.output_logits),
         fall_back=collaboration.fall_back,
@@ -311,8 +313,8 @@ def check_assistants(
     if len(assistants) != deferral.num_assistants:
         names = f" ({', '.join(deferral.assistants)})" if deferral.assistants else ""
         raise ConfigurationError(
-            f"This checkpoint's head chooses between {deferral.num_assistants} assistant(s){names}, but {len(assistants)} "
-            "were passed as assistant=. Pass one model for each row of the head, in that order."
+            f"This checkpoint's head chooses between {deferral.num_assistants} assistant(s){names}, but "
+            f"{len(assistants)} were passed as assistant=. Pass one model for each row of the head, in that order."
         )
     for k, model in enumerate(assistants, start=1):
         check_assistant(base, model, f"assistant {k}" if len(assistants) > 1 else "the assistant", tokenizer)
@@ -327,14 +329,14 @@ def check_assistant(base: Any, model: Any, name: str, tokenizer: Any = None) -> 
     config = architecture_of(model).config
     if config.is_encoder_decoder:
         raise UnsupportedModelError(
-            f"{name} ({type(model).__name__}) is an encoder-decoder: it cannot continue the base's text. Take a causal "
-            "language model."
+            f"{name} ({type(model).__name__}) is an encoder-decoder: it cannot continue the base's text. Take a "
+            "causal language model."
         )
     ours, theirs = (c.get_text_config().vocab_size for c in (base.config, config))
     if abs(ours - theirs) > PADDING_SHARE * max(ours, theirs):
         raise TokenizerMismatchError(
-            f"the base has a vocabulary of {ours} tokens and {name} one of {theirs}: these are different tokenizers, and "
-            "deferral exchanges token ids. Choose an assistant of the base's family."
+            f"the base has a vocabulary of {ours} tokens and {name} one of {theirs}: these are different tokenizers, "
+            "and deferral exchanges token ids. Choose an assistant of the base's family."
         )
     theirs_at = config.name_or_path
     ours_at = tokenizer if tokenizer is not None else base.config.name_or_path
@@ -381,8 +383,8 @@ def resolve_speculation(base: Any, others: list[Any], speculate: bool | None) ->
     stuck = [type(architecture_of(m)).__name__ for m in (base, *others) if not can_roll_back(m)]
     if speculate and stuck:
         warnings.warn(
-            f"{stuck[0]} has a recurrent cache, which cannot be rolled back: speculate=True is ignored and the plain loop "
-            "reads one row at a time.",
+            f"{stuck[0]} has a recurrent cache, which cannot be rolled back: speculate=True is ignored and the plain "
+            "loop reads one row at a time.",
             stacklevel=3,
         )
     return not stuck and (speculate is None or speculate)
@@ -393,16 +395,17 @@ def _check_alone(ours: list[str], kwargs: dict[str, Any]) -> None:
         raise ConfigurationError(f"{ours[0]}= needs an assistant: pass assistant=MODEL too, or leave {ours[0]}= out.")
     if kwargs.get("assistant_model") is not None:
         warnings.warn(
-            "assistant_model= is transformers' speculative decoding: the base's own text, drafted by another model. To let "
-            "another model write tokens, pass assistant=.",
+            "assistant_model= is transformers' speculative decoding: the base's own text, drafted by another model. To "
+            "let another model write tokens, pass assistant=.",
             stacklevel=3,
         )
 
 
 def _check_generation_config(config: GenerationConfig, model_kwargs: dict[str, Any]) -> None:
     for name, instead in UNSUPPORTED.items():
-        if getattr(config, name, None) not in (None, False, 1):
-            raise ConfigurationError(f"{name}={getattr(config, name)} with an assistant: {instead}.")
+        value = model_kwargs.get(name, getattr(config, name, None))
+        if value is True or value not in (None, False, 1):
+            raise ConfigurationError(f"{name}={value} with an assistant: {instead}.")
     watermark = getattr(config, "watermarking_config", None)
     if watermark is not None and "SynthID" in type(watermark).__name__:
         raise ConfigurationError(
@@ -474,7 +477,3 @@ def _streaming(streamer: BaseStreamer | None) -> Any:
     if streamer is None or isinstance(streamer, SourceStreamer):
         return None if streamer is None else streamer.put
     return lambda tokens, source: streamer.put(tokens)
-
-
-def _bytes(model: Any) -> int:
-    return sum(p.numel() * p.element_size() for p in model.parameters())

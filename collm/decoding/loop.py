@@ -28,7 +28,7 @@ from .cache import Reader
 from .combiners import CombiningContext, ResolvedCombiner
 from .routers import Router, RoutingContext, route
 from .sampling import ROUTER, TOKEN, gumbel, noise_key, uniform
-from .speculation import DraftGate
+from .speculation import DraftGate, Lookup, ReadAhead
 
 BASE = 0
 
@@ -62,7 +62,7 @@ class Row:
     waiting: list[Waiting] = field(default_factory=list)
     survival: float = 1.0  # probability that all stand-ins are right
     ahead: dict[int, tuple[int, Tensor]] = field(default_factory=dict)  # reader -> (step, its logits there)
-    guess: int | None = None  # what the assistant expects next, for the base to read along
+    lookup: Lookup | None = None  # where its tokens occurred before
     decided: int = 0
     done: bool = False
     unavailable: set[int] = field(default_factory=set)  # assistants that this row must do without
@@ -121,8 +121,8 @@ class Decoder:
     Args:
         readers (`list[Reader]`): the base, the K assistants, then the further models of the combiner.
         prompts (`list[list[list[int]]]`): prompt tokens by reader and row.
-        input_ids (`torch.Tensor` of shape `(rows, prompt)`): the prompts as the user gave them, for logits processors and
-            stopping criteria, which see a rectangle.
+        input_ids (`torch.Tensor` of shape `(rows, prompt)`): the prompts as the user gave them, for logits processors
+            and stopping criteria, which see a rectangle.
         num_assistants (`int`): K.
         router, combiner, threshold: who writes and what is written; see `routers.py` and `combiners.py`.
         choice ([`Choice`]), ending ([`Ending`]): how a token is chosen, when a row is finished.
@@ -152,6 +152,7 @@ class Decoder:
         self.readers, self.prompts, self.num_assistants = readers, prompts, num_assistants
         self.router, self.combiner, self.threshold = router, combiner, threshold
         self.choice, self.ending, self.gate = choice, ending, gate
+        self.read_ahead = None if gate is None else ReadAhead()
         self.streamer, self.keep_scores, self.fall_back = streamer, keep_scores, fall_back
         self.rows = [Row(index) for index in range(len(input_ids))]
         self.extra = dict(zip(combiner.models, range(num_assistants + 1, len(readers)), strict=True))
@@ -168,8 +169,8 @@ class Decoder:
         2. The router says who writes it. The base's tokens are written at once; a token of an assistant waits, and with
            a gate the base's own choice stands in for it.
         3. Where a row may not go on, the assistants read what they missed of every row that waits, in one chunk each.
-        4. The first stand-in that its assistant does not choose is overwritten, and what was drafted behind it discarded.
-        5. Tokens that nothing waits in front of are decided: checked for an end and streamed. Finished rows leave.
+        4. The first stand-in that its assistant does not choose is overwritten, what was drafted behind it discarded.
+        5. Tokens that nothing waits in front of are decided: checked for an end, streamed. Finished rows leave.
         """
         while live := [row for row in self.rows if not row.done]:
             # 1. and 2.
@@ -184,28 +185,53 @@ class Decoder:
     # -- 1. and 2.: the base ---------------------------------------------------------------------------------------
 
     def base_step(self, rows: list[Row]) -> None:
-        """One forward of the base, and the token (or two, where a guess was right) that each row gains by it."""
-        chunks = [self.unread(BASE, row) + ([] if row.guess is None else [row.guess]) for row in rows]
-        guesses = [row.guess for row in rows]
-        keep = 1 if guesses.count(None) == len(rows) else 2
-        reading = self.readers[BASE].read([row.index for row in rows], chunks, keep)
+        """One forward of the base, and the tokens that each row gains by it: one, and more where a guess was right."""
+        sources, guesses = self.guess(rows)
+        chunks = [self.unread(BASE, row) + guess for row, guess in zip(rows, guesses, strict=True)]
+        reading = self.readers[BASE].read([row.index for row in rows], chunks, 1 + max(map(len, guesses)))
         assert reading.deferral_logits is not None
-        column = [-1 if guess is None else -2 for guess in guesses]
-        every = list(range(len(rows)))
-        self.route_and_write(rows, reading.logits[every, column], reading.deferral_logits[every, column])
-        right = []
-        for i, row in enumerate(rows):
-            row.guess = None
-            if guesses[i] is not None and row.tokens[-1] == guesses[i] and not self.is_blocked(row):
-                right.append(i)
-            elif guesses[i] is not None:
+        going = list(range(len(rows)))
+        for depth in range(1 + max(map(len, guesses))):
+            column = [depth - len(guesses[i]) - 1 for i in going]
+            logits, deferral = reading.logits[going, column], reading.deferral_logits[going, column]
+            self.route_and_write([rows[i] for i in going], logits, deferral)
+            guessed = [i for i in going if depth < len(guesses[i])]
+            right = [i for i in guessed if rows[i].tokens[-1:] == guesses[i][depth : depth + 1]]
+            if depth == 0 and self.read_ahead is not None:
+                for i in guessed:
+                    self.read_ahead.record(sources[i], i in right)
+            self.counts["guesses_right"] += len(right)
+            going = [i for i in right if not self.is_blocked(rows[i])]
+            if not going:
+                break
+        self.counts["guesses"] += sum(map(len, guesses))
+        for row, guess in zip(rows, guesses, strict=True):
+            if guess:
                 self.forget(BASE, row, len(row.tokens) - 1)
-        self.counts["guesses"] += len(rows) - guesses.count(None)
-        self.counts["guesses_right"] += len(right)
-        if right:
-            self.route_and_write(
-                [rows[i] for i in right], reading.logits[right, -1], reading.deferral_logits[right, -1]
-            )
+
+    def guess(self, rows: list[Row]) -> tuple[list[int], list[list[int]]]:
+        """For each row, the source of a guess and the tokens for the base to read along."""
+        count = 0 if self.read_ahead is None else self.read_ahead.budget(len(rows))
+        if self.read_ahead is None or count == 0:
+            return [0] * len(rows), [[] for _ in rows]
+        heard = {
+            row.index: (row, logits)
+            for row in rows
+            for reader, (step, logits) in row.ahead.items()
+            if step == len(row.tokens) and reader <= self.num_assistants
+        }
+        expected: dict[int, int] = {}
+        if heard:
+            asked = [row for row, _ in heard.values()]
+            logits = torch.stack([logits for _, logits in heard.values()])
+            tokens, _ = self.choose(asked, [len(row.tokens) for row in asked], logits)
+            expected = {row.index: token for row, token in zip(asked, tokens.tolist(), strict=True)}
+        guesses = []
+        for row in rows:
+            row.lookup = row.lookup or Lookup(self.prompts[BASE][row.index])
+            room = min(count, self.ending.max_steps - len(row.tokens) - 1)
+            guesses.append(self.read_ahead.propose(row.lookup, row.tokens, expected.get(row.index), room))
+        return [source for source, _ in guesses], [guess for _, guess in guesses]
 
     def route_and_write(self, rows: list[Row], logits: Tensor, deferral_logits: Tensor) -> None:
         """Route the next token of each row and write it, or let it wait.
@@ -296,7 +322,7 @@ class Decoder:
             warnings.warn(f"{problem} The base goes on alone.", stacklevel=2)
             self.give_up(reader, self.rows)
             return {}
-        logits = _fit(reading.logits.to(self.device), rows[0].waiting[0].base_logits.shape[-1])
+        logits = fit_vocabulary(reading.logits.to(self.device), rows[0].waiting[0].base_logits.shape[-1])
         for i, row in enumerate(rows):
             row.ahead[reader] = (last[i], logits[i, -1])
             known.update({(row.index, last[i] - back, reader): logits[i, -1 - back] for back in range(keep[i])})
@@ -328,8 +354,6 @@ class Decoder:
                 wrong.add(row.index)
                 self.cut(row, waiting.step)
                 self.write(row, token, writer, scores[i], processed[i])
-        if self.gate is not None:
-            self.guess([row for row, _ in drafts if row.index not in wrong and not row.waiting])
 
     def combine(self, drafts: list[tuple[Row, Waiting]], answered: list[bool], logits: dict[Any, Tensor]) -> Tensor:
         """Scores `(n, vocabulary)` of what is written at `n` deferred positions; the base's where nobody answered."""
@@ -353,21 +377,6 @@ class Decoder:
         scores = base_logits.to(torch.promote_types(base_logits.dtype, combined.dtype))
         scores[answered] = combined.to(scores.dtype)
         return scores
-
-    def guess(self, rows: list[Row]) -> None:
-        """What the assistant that read a row to its end expects next; the base reads it along with the last token."""
-        heard = {
-            row.index: (row, logits)
-            for row in rows
-            for reader, (step, logits) in row.ahead.items()
-            if step == len(row.tokens) and reader <= self.num_assistants and not self.at_end(row)
-        }
-        if heard:
-            read = [row for row, _ in heard.values()]
-            expected = torch.stack([logits for _, logits in heard.values()])
-            tokens, _ = self.choose(read, [len(row.tokens) for row in read], expected)
-            for row, token in zip(read, tokens.tolist(), strict=True):
-                row.guess = token
 
     # -- 5.: decided tokens ----------------------------------------------------------------------------------------
 
@@ -473,7 +482,9 @@ class Decoder:
         """Discard the row's tokens from `step` on, in every model."""
         self.counts["discarded"] += len(row.tokens) - step
         del row.tokens[step:], row.source[step:], row.deferral_probs[step + 1 :], row.states[step + 1 :]
-        row.guess, row.ahead = None, {}
+        row.ahead = {}
+        if row.lookup is not None:
+            row.lookup.cut(step)
         for reader in range(len(self.readers)):
             self.forget(reader, row, step)
 
@@ -525,7 +536,8 @@ class Decoder:
         ]
         where = ", ".join(f"row {row.index} after {row.limit} new tokens" for row in rows)
         return AssistantError(
-            f'{names[reader - 1]} {problem} ({where}). Pass on_assistant_error="base" to let the base go on alone from there.'
+            f"{names[reader - 1]} {problem} ({where}). "
+            'Pass on_assistant_error="base" to let the base go on alone from there.'
         )
 
     # -- results ---------------------------------------------------------------------------------------------------
@@ -567,7 +579,7 @@ def _probability(scores: Tensor, tokens: Tensor) -> Tensor:
     return (scores.gather(1, tokens.unsqueeze(1)).squeeze(1) - scores.logsumexp(dim=-1)).exp()
 
 
-def _fit(logits: Tensor, vocabulary: int) -> Tensor:
+def fit_vocabulary(logits: Tensor, vocabulary: int) -> Tensor:
     """Give an assistant's logits the base's number of columns: embeddings are padded differently."""
     if logits.shape[-1] > vocabulary:
         return logits[..., :vocabulary]

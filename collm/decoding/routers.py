@@ -1,10 +1,11 @@
 """Routers: who writes the next token. Each is a small pure function of what is known before the token is written.
 
-A router takes a [`RoutingContext`] and returns, for each row, 0 (the base writes) or k (assistant k writes); a router with
-a memory returns `(writers, state)` and finds `state` in the context of the row's next token. Being pure, it can be called
-for a draft that is thrown away later. The same functions serve the batched loop and the serving engines.
+A router takes a [`RoutingContext`] and returns, for each row, 0 (the base writes) or k (assistant k writes); a router
+with a memory returns `(writers, state)` and finds `state` in the context of the row's next token. Being pure, it can be
+called for a draft that is thrown away later. The same functions serve the batched loop and the serving engines.
 
-Name one by a string (`"learned"`, `"entropy:cut=1.2"`), a dictionary (`{"name": "entropy", "cut": 1.2}`), or pass a callable.
+Name one by a string (`"learned"`, `"entropy:cut=1.2"`), a dictionary (`{"name": "entropy", "cut": 1.2}`), or pass a
+callable.
 """
 
 from __future__ import annotations
@@ -30,12 +31,12 @@ class RoutingContext:
     Args:
         writer_probs (`torch.Tensor` of shape `(rows, K + 1)`): pi, float32; column 0 is the base.
         threshold (`float` or `torch.Tensor` of shape `(rows,)`): eta, the threshold in force.
-        base_logits (`torch.Tensor` of shape `(rows, vocabulary)`, *optional*): the base's next-token logits, before any
-            logits processor. `None` where an engine does not hand them out.
+        base_logits (`torch.Tensor` of shape `(rows, vocabulary)`, *optional*): the base's next-token logits, before
+            any logits processor. `None` where an engine does not hand them out.
         step (`torch.Tensor` of shape `(rows,)`, *optional*): long, index of the token among the new tokens, from 0.
-        uniform (`torch.Tensor` of shape `(rows,)`, *optional*): float64 in (0, 1), a function of seed, row and step only.
-        state (`torch.Tensor` of shape `(rows,)` or `(rows, S)`, *optional*): what the router returned for the row's previous
-            token; NaN for a row's first token, `None` if no row has one.
+        uniform (`torch.Tensor` of shape `(rows,)`, *optional*): float64 in (0, 1), a function of seed, row and step.
+        state (`torch.Tensor` of shape `(rows,)` or `(rows, S)`, *optional*): what the router returned for the row's
+            previous token; NaN for a row's first token, `None` if no row has one.
     """
 
     writer_probs: Tensor
@@ -73,7 +74,7 @@ def learned(context: RoutingContext) -> Tensor:
 
 
 def ema(context: RoutingContext, decay: float = 0.5) -> tuple[Tensor, Tensor]:
-    """The head smoothed over tokens: s_t = decay s_{t-1} + (1 - decay) d_t, s_0 = d_0; ask where s_t > eta (CPR's gate)."""
+    """The head smoothed over tokens: s_t = decay s_{t-1} + (1 - decay) d_t, s_0 = d_0; ask where s_t > eta (CPR)."""
     d = context.deferral_probs
     if context.state is None:
         smoothed = d
@@ -142,7 +143,7 @@ def never(context: RoutingContext) -> Tensor:
 
 
 def sampled(context: RoutingContext) -> Tensor:
-    """Z_t drawn from pi(. | x_<t): with sampling from whoever writes, exact ancestral sampling of the marginal model."""
+    """Z_t drawn from pi(. | x_<t): when the writer samples too, ancestral sampling of the marginal model, exactly."""
     below = context.writer_probs.double().cumsum(dim=-1) <= _uniform(context).unsqueeze(-1)
     return below.sum(dim=-1).clamp(max=context.writer_probs.shape[1] - 1)
 

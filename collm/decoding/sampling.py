@@ -1,14 +1,15 @@
 """Choosing tokens: greedily, or with randomness that is a function of seed, row, step and token alone.
 
-Sampling takes argmax_v (score_v + g_v) with Gumbel noise g_v (the Gumbel-max trick: an exact draw from softmax(score)). The
-noise comes from a counter-based generator instead of a stream, so that it does not matter which model asks, how often, in
-what batch, or whether the token is a draft that is asked for again. Two consequences:
+Sampling takes argmax_v (score_v + g_v) with Gumbel noise g_v (the Gumbel-max trick: an exact draw from softmax(score)).
+The noise comes from a counter-based generator instead of a stream, so that it does not matter which model asks, how
+often, in what batch, or whether the token is a draft that is asked for again. Two consequences:
 
 - a row's text does not depend on its neighbours, and rolling back needs no bookkeeping;
-- two models that draw for the same position share their noise, so they draw the same token whenever their distributions
-  nearly agree: with probability at least (1 - TV) / (1 + TV), TV their total variation distance (Daliri et al., 2025,
-  *Coupling without Communication and Drafter-Invariant Speculative Decoding*). A draft is accepted when the tokens are equal,
-  so that speculation under sampling returns the very tokens of the plain loop, not only the same distribution.
+- two models that draw for the same position share their noise, so they draw the same token whenever their
+  distributions nearly agree: with probability at least (1 - TV) / (1 + TV), TV their total variation distance (Daliri
+  et al., 2025, *Coupling without Communication and Drafter-Invariant Speculative Decoding*). A draft is accepted when
+  the tokens are equal, so that speculation under sampling returns the very tokens of the plain loop, not only the same
+  distribution. (Accepting with probability min(1, P_1 / P_0) accepts a little more, 1 - TV, and gives that up.)
 """
 
 from __future__ import annotations

@@ -1,35 +1,63 @@
-"""How far to draft: the base writes past a token that it would defer as long as that is likely to pay.
+"""Speculation: doing work before it is known to be needed, where it costs little and usually is. No token changes by
+it.
 
-While a deferral waits for its assistant, the base's own token stands in and the base drafts on. One assistant pass then
-verifies every waiting deferral. Drafting on has a price when a stand-in turns out wrong (what follows it is discarded) and a
-gain when all are right (one assistant pass less). With s the probability that all stand-ins are right, a and b the cost of
-an assistant pass and a base step, and 1 / r base steps from one deferral to the next, drafting on pays where
+**Drafting.** While a deferral waits for its assistant, the base's own token stands in and the base drafts on; one
+assistant pass then verifies every waiting deferral ([`DraftGate`] decides how far to draft). Drafting on has a price
+when a stand-in turns out wrong: what follows it is discarded. Its gain when all are right is one assistant pass less.
+With s the probability that all stand-ins are right, a and b the cost of an assistant pass and a base step, and 1 / r
+tokens from one deferral to the next, it pays to draft on where
 
-    s a > (1 - s) b / r        that is        s > 1 / (1 + r a / b).
+    s (a - b) > (1 - s) b / r        that is        s > 1 / (1 + r (a / b - 1)),
 
-s is the product over waiting deferrals of the probability that the assistant would choose the stand-in too, which depends on
-how sure the base is of it. That curve is learned while decoding: every deferral tells whether its stand-in was right, drafted
-on or not. If stand-ins are never right, the gate closes and what remains is the plain loop.
+where a - b and not a is won because asking at once, too, has a gain when all are right: the assistant has then read as
+far as the base, and what it expects next is known.
+
+**Reading along.** A base step reads one token and costs hardly more for a few. So the base reads, behind the token
+that is certain, tokens that are likely to follow ([`ReadAhead`]): what the assistant expects where it has read as far,
+then what followed the last few tokens when they occurred before (prompt lookup). Where the base, or whoever it asks,
+indeed writes them, their base steps are saved.
+
+Both learn while decoding from what turned out right, and leave the plain loop where nothing is gained.
 """
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-# Share of stand-ins that were right, by the base's probability of the stand-in in tenths: a prior that counts for PRIOR_WEIGHT
-# observations (Qwen2.5-Coder 0.5B and 1.5B on GSM8K, greedy; benchmarks/decoding/results/speculation.json).
-PRIOR_ACCEPTANCE = (0.15, 0.25, 0.35, 0.45, 0.55, 0.62, 0.70, 0.77, 0.85, 0.92)
+# Share of stand-ins that were right, by the base's probability of the stand-in in tenths: a prior that counts for
+# PRIOR_WEIGHT observations (Qwen2.5-Coder 0.5B and 1.5B on GSM8K, greedy).
+PRIOR_ACCEPTANCE = (0.15, 0.25, 0.3, 0.35, 0.55, 0.65, 0.75, 0.8, 0.9, 0.95)
 PRIOR_WEIGHT = 8.0
 PRIOR_RATE, PRIOR_RATE_WEIGHT = 0.25, 40.0
+
+# Cost of a decoding step: reading the weights, at bytes per second, and an overhead for each layer. Only ratios matter.
+BANDWIDTH = {"cpu": 24e9, "cuda": 2e12}
+SECONDS_PER_LAYER = 4e-4
+
+MAX_READ_ALONG = 4  # tokens that all rows of a base step read along together
+LONGEST_MATCH = 3  # tokens that must have occurred before, at most
+WORTH_READING = 0.1  # cost of one more token in a base step
+
+
+def step_cost(model: Any) -> float:
+    """Rough seconds of one forward over a few tokens: a function of the model alone, so that runs can be repeated."""
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    bandwidth = BANDWIDTH.get(next(model.parameters()).device.type, BANDWIDTH["cuda"])
+    return weights / bandwidth + SECONDS_PER_LAYER * model.config.get_text_config().num_hidden_layers
 
 
 @dataclass
 class DraftGate:
-    """Estimates acceptance and the deferral rate, and decides whether to draft on. Its decisions never change a token.
+    """Estimates acceptance and the deferral rate, and decides whether to draft on.
+
+    The probability that a stand-in is right depends on how sure the base is of it. That curve is learned: every
+    deferral tells whether its stand-in was right, drafted on or not.
 
     Args:
-        cost_ratio (`float`): a / b, the cost of an assistant pass in base steps; where decoding is bound by memory, the ratio
-            of the bytes of the two models.
+        cost_ratio (`float`): a / b, the cost of an assistant pass in base steps.
     """
 
     cost_ratio: float
@@ -51,7 +79,66 @@ class DraftGate:
 
     def is_open(self, survival: float) -> bool:
         """Whether to draft on when all stand-ins are right with probability `survival`."""
-        return survival > 1 / (1 + self.cost_ratio * self.deferrals / self.tokens)
+        return survival > 1 / (1 + self.deferrals / self.tokens * max(self.cost_ratio - 1, 0))
 
     def _bin(self, probability: float) -> int:
         return min(int(probability * len(self.seen)), len(self.seen) - 1)
+
+
+class Lookup:
+    """What followed the last tokens of a row when they occurred before (Saxena, 2023, *Prompt lookup decoding*)."""
+
+    def __init__(self, prompt: Sequence[int]) -> None:
+        self.text, self.prompt = list(prompt), len(prompt)
+        self.synced = self.indexed = 0  # new tokens that `text` agrees with; tokens whose n-grams are in `places`
+        self.places: dict[tuple[int, ...], int] = {}
+
+    def cut(self, step: int) -> None:
+        """The row's new tokens from `step` on have changed."""
+        self.synced = min(self.synced, step)
+        self.indexed = min(self.indexed, self.prompt + step)
+
+    def after(self, tokens: list[int], guess: list[int], count: int) -> tuple[int, list[int]]:
+        """Length of the longest match of the end of `tokens + guess`, and up to `count` tokens that followed it."""
+        self.text[self.prompt + self.synced :] = tokens[self.synced :] + guess
+        self.synced, text = len(tokens), self.text
+        for end in range(self.indexed + 1, len(text)):
+            for n in range(1, min(LONGEST_MATCH, end) + 1):
+                self.places[tuple(text[end - n : end])] = end
+        self.indexed = max(self.indexed, self.prompt + len(tokens) - 1)
+        for n in range(min(LONGEST_MATCH, len(text) - 1), 0, -1):
+            end = self.places.get(tuple(text[-n:]), len(text))
+            if end < len(text):
+                return n, text[end : end + count]
+        return 0, []
+
+
+@dataclass
+class ReadAhead:
+    """Chooses tokens for the base to read along, and learns from which source they are worth it.
+
+    A source is 0 for what an assistant expects, n for a match of n tokens.
+    """
+
+    seen: Counter[int] = field(default_factory=Counter)
+    right: Counter[int] = field(default_factory=Counter)
+
+    def budget(self, rows: int) -> int:
+        """How many tokens each of so many rows may read along."""
+        return MAX_READ_ALONG // rows
+
+    def is_worth(self, source: int) -> bool:
+        return (self.right[source] + 1) / (self.seen[source] + 2) > WORTH_READING
+
+    def record(self, source: int, right: bool) -> None:
+        """The first token that a source proposed was or was not written."""
+        self.seen[source] += 1
+        self.right[source] += right
+
+    def propose(self, lookup: Lookup, tokens: list[int], expected: int | None, count: int) -> tuple[int, list[int]]:
+        """Source and tokens to read along behind `tokens`; `expected` is what an assistant expects next, if known."""
+        guess = [expected] if expected is not None and self.is_worth(0) else []
+        n, more = lookup.after(tokens, guess, count - len(guess))
+        if guess:
+            return 0, guess + more
+        return n, more if self.is_worth(n) else []

@@ -1,7 +1,7 @@
 """The oracle: collaborative decoding written as slowly and plainly as it can be. No cache, no batch, explicit sums.
 
-One row at a time; every token runs every model over the whole text; probabilities are lists of Python floats. Nothing is
-shared with `collm.decoding` but the random numbers, which are written out again here.
+One row at a time; every token runs every model over the whole text; probabilities are lists of Python floats. Nothing
+is shared with `collm.decoding` but the random numbers, which are written out again here.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class Written:
 
 
 def write(
-    base, assistants, prompt, *, row=0, seed=0, steps=16, threshold=0.5, router=("learned", {}), combiner=("assistant", {}),
-    sample=False, processors=(), shown=None, eos=(), own_prompts=None,
+    base, assistants, prompt, *, row=0, seed=0, steps=16, threshold=0.5, router=("learned", {}),
+    combiner=("assistant", {}), sample=False, processors=(), shown=None, eos=(), own_prompts=None,
 ) -> Written:  # fmt: skip
     """Write up to `steps` tokens after `prompt`. `shown`: the prompt as processors see it, with its padding."""
     text, memory, ema = Written(), list(shown or prompt), None

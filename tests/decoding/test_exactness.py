@@ -46,11 +46,12 @@ def check(
         spec, parameters = options.get(name, (default, {}))
         named[name] = {"name": spec, **parameters}
     torch.manual_seed(seed)
-    # without a processor list of its own, generate adds the warpers of the generation config: top_k = 50
+    # top_k=0: generate's default of 50 would add a warper of its own
     out = base.generate(
         **inputs, assistant=list(assistants), max_new_tokens=steps, do_sample=sample, speculate=speculate, top_k=0,
-        threshold=options.get("threshold"), eos_token_id=list(eos) or None, pad_token_id=PAD, return_dict_in_generate=True,
-        logits_processor=LogitsProcessorList(processors), output_scores=True, output_logits=True, **named,
+        threshold=options.get("threshold"), eos_token_id=list(eos) or None, pad_token_id=PAD,
+        return_dict_in_generate=True, logits_processor=LogitsProcessorList(processors), output_scores=True,
+        output_logits=True, **named,
     )  # fmt: skip
     torch.manual_seed(seed)
     drawn = int(torch.randint(2**62, ()))
