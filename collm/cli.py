@@ -19,6 +19,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "calibrate": ("calibrate", "measure thresholds for deferral rates on what the models write together"),
     "eval": ("eval", "measure quality, deferral rate and cost on a task; a killed run goes on"),
     "sweep": ("sweep", "quality against deferral rate and cost, with every control, as JSON, PNG and HTML"),
+    "serve": ("serve", "serve a deferral checkpoint with its assistants, OpenAI-compatible, on vLLM or transformers"),
     "lm-eval": ("lm_eval", "lm-evaluation-harness with the model `collm`; its flags are the harness's own"),
 }
 

@@ -83,6 +83,7 @@ class Asked:
     seconds: float
     tokens_read: int
     error: Exception | None = None
+    refused: bool = False  # it was not asked at all: `available` said no
 
 
 async def collaborate(
@@ -133,9 +134,9 @@ async def collaborate(
 
             # 2. The assistant reads what it missed and writes one token.
             k = piece.assistant
-            start = time.perf_counter()
+            start, asked = time.perf_counter(), available(k)
             try:
-                if not available(k):
+                if not asked:
                     raise AssistantError(f"assistant {k} ({assistants[k - 1].name}) is not available at present.")
                 if k not in helpers:
                     prompt = request.assistant_prompts[k - 1] if request.assistant_prompts else request.prompt_ids
@@ -146,7 +147,7 @@ async def collaborate(
                     token = await _next_token(helpers[k])
             except (AssistantError, TimeoutError) as error:
                 failure = _failure(error, k, assistant_timeout)
-                observe(Asked(k, time.perf_counter() - start, 0, failure))
+                observe(Asked(k, time.perf_counter() - start, 0, failure, refused=not asked))
                 if request.on_assistant_error == "error":
                     raise failure from None
                 alone = True

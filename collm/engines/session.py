@@ -118,10 +118,12 @@ class Engine(Protocol):
     Attributes:
         name (`str`): for logs and metrics.
         max_length (`int`): longest sequence, prompt and answer together, in tokens.
+        vocab_size (`int`): ids that it understands.
     """
 
     name: str
     max_length: int
+    vocab_size: int
 
     def open(self, prompt_ids: Sequence[int], sampling: Sampling) -> Session: ...
 

@@ -47,6 +47,7 @@ class TransformersEngine:
         self.name = name
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or DEFAULT_MAX_LENGTH
         self.max_length = min(max_length or limit, limit)
+        self.vocab_size = model.config.get_text_config().vocab_size
         self.deferral = getattr(model.config, "deferral", None)
         self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="collm-engine")
 

@@ -1,8 +1,8 @@
 """vLLM in this process' care: each session is one resumable request of an `AsyncLLM`.
 
 `AsyncLLM.generate` takes an async generator of `StreamingInput`. Between two chunks the engine keeps the KV cache of
-every computed token and forgets the last sampled one. That is a hand-off: a base stops on a reserved id (forgotten), what
-the assistant wrote is the next chunk, and the base goes on. Where a session stopped on a real token, that token was not
+every computed token and forgets the last sampled one. That is a hand-off: a base stops on a reserved id (forgotten),
+the next chunk is the assistant's token, and the base goes on. Where a session stopped on a real token, that one was not
 computed either, so it is pushed with the next chunk.
 """
 

@@ -1,0 +1,189 @@
+"""An assistant behind somebody else's server: any OpenAI-compatible `/v1/completions`, asked for one token at a time.
+
+A server has no sessions, so each question carries the whole text; its prefix cache spares it most of that (vLLM has one
+by default). Tokens travel as ids where the server understands that (vLLM, `collm serve`, SGLang); else as text, which
+is tokenised here again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import httpx
+
+from collm.errors import AssistantError
+
+from .session import Gate, Piece, Sampling
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+RETRIED_STATUS = {408, 409, 425, 429, 500, 502, 503, 504}
+FIRST_PAUSE = 0.1  # seconds before the first retry; doubles
+
+
+class HTTPEngine:
+    """An assistant over HTTP.
+
+    Args:
+        url (`str`): address of the server, with or without `/v1`.
+        tokenizer (`PreTrainedTokenizerBase`): the base's, which the assistant shares.
+        model (`str`, *optional*): the server's name of the model; its first one by default.
+        api_key (`str`, *optional*): sent as a bearer token.
+        name (`str`, *optional*): for logs and metrics; the URL by default.
+        token_ids (`bool`, *optional*, defaults to `True`): whether the server takes and returns token ids.
+        timeout (`float`, *optional*, defaults to 30.0): seconds for one attempt.
+        retries (`int`, *optional*, defaults to 2): further attempts after a lost connection, 429 or 5xx.
+        max_length (`int`, *optional*): longest sequence; what the server's `/v1/models` says by default.
+        connections (`int`, *optional*, defaults to 256): connections that are kept and reused.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        tokenizer: PreTrainedTokenizerBase,
+        model: str | None = None,
+        api_key: str | None = None,
+        name: str | None = None,
+        token_ids: bool = True,
+        timeout: float = 30.0,
+        retries: int = 2,
+        max_length: int | None = None,
+        connections: int = 256,
+    ):
+        root = url.rstrip("/")
+        self.url = root if root.endswith("/v1") else root + "/v1"
+        self.name = name or root
+        self.model = model
+        self.tokenizer = tokenizer
+        self.token_ids = token_ids
+        self.retries = retries
+        self.max_length = max_length or 2**31
+        self.vocab_size = len(tokenizer)
+        self.client = httpx.AsyncClient(
+            headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
+            timeout=timeout,
+            limits=httpx.Limits(max_connections=connections, max_keepalive_connections=connections),
+            trust_env=False,
+        )
+
+    def open(self, prompt_ids: Sequence[int], sampling: Sampling) -> HTTPSession:
+        return HTTPSession(self, list(prompt_ids), sampling)
+
+    async def healthy(self) -> bool:
+        try:
+            return (await self.client.get(f"{self.url}/models")).is_success
+        except httpx.HTTPError:
+            return False
+
+    async def close(self) -> None:
+        await self.client.aclose()
+
+    async def model_name(self) -> str:
+        """The configured name, or the server's first model."""
+        if self.model is None:
+            models = (await self._send("GET", "/models")).get("data") or []
+            if not models or not isinstance(models[0].get("id"), str):
+                raise AssistantError(f"{self.name} lists no model; name one.")
+            self.model = models[0]["id"]
+            self.max_length = min(self.max_length, models[0].get("max_model_len") or self.max_length)
+        return self.model
+
+    async def complete(self, body: dict[str, Any]) -> dict[str, Any]:
+        """The first choice of a completion.
+
+        Raises:
+            AssistantError: no answer after all attempts, a refusal, or an answer of another shape.
+        """
+        answer = await self._send("POST", "/completions", {"model": await self.model_name(), **body})
+        choices = answer.get("choices")
+        if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
+            raise AssistantError(f"{self.name} answered without choices.")
+        return choices[0]
+
+    async def _send(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        for attempt in range(self.retries + 1):
+            try:
+                response = await self.client.request(method, self.url + path, json=body)
+                if response.is_success:
+                    answer = response.json()
+                    if not isinstance(answer, dict):
+                        raise AssistantError(f"{self.name} answered {path} with something that is not an object.")
+                    return answer
+                problem = f"status {response.status_code}: {response.text[:300]}"
+                if response.status_code not in RETRIED_STATUS:
+                    break
+            except httpx.HTTPError as error:
+                problem = f"{type(error).__name__} {error}".strip()
+            except ValueError as error:
+                raise AssistantError(f"{self.name} answered with invalid JSON: {error}") from error
+            if attempt < self.retries:
+                await asyncio.sleep(FIRST_PAUSE * 2**attempt * random.uniform(0.5, 1.5))
+        raise AssistantError(f"{self.name} gave no answer: {problem}")
+
+
+class HTTPSession:
+    """The text so far; the server keeps nothing."""
+
+    def __init__(self, engine: HTTPEngine, prompt_ids: list[int], sampling: Sampling):
+        self._engine = engine
+        self._tokens = prompt_ids
+        self._sampling = sampling
+
+    def extend(self, token_ids: Sequence[int]) -> None:
+        self._tokens.extend(token_ids)
+
+    def retract(self) -> None:
+        del self._tokens[-1]
+
+    async def decode(
+        self, max_tokens: int, stop_ids: frozenset[int] = frozenset(), gate: Gate | None = None, report: bool = False
+    ) -> AsyncIterator[Piece]:
+        if gate is not None or report:
+            raise AssistantError("a server over HTTP can be an assistant, not the base: it has no deferral head.")
+        for left in range(max_tokens, 0, -1):
+            token = await self._next_token()
+            self._tokens.append(token)
+            finish = "stop" if token in stop_ids else "length" if left == 1 else None
+            yield Piece([token], finish=finish)  # type: ignore[arg-type]
+            if finish:
+                return
+
+    async def close(self) -> None:
+        """Nothing to free: the server keeps no session."""
+
+    async def _next_token(self) -> int:
+        s, engine = self._sampling, self._engine
+        body: dict[str, Any] = {"max_tokens": 1, "temperature": s.temperature, "top_p": s.top_p}
+        if (seed := s.seed_at(len(self._tokens))) is not None:
+            body["seed"] = seed
+        if s.logit_bias:
+            body["logit_bias"] = {str(i): bias for i, bias in s.logit_bias.items()}
+        if not engine.token_ids:
+            return self._tokenised(await engine.complete({**body, "prompt": engine.tokenizer.decode(self._tokens)}))
+        optional = {"top_k": s.top_k, "min_p": s.min_p, "repetition_penalty": s.repetition_penalty}
+        body |= {k: v for k, v in optional.items() if v != getattr(Sampling, k)}
+        choice = await engine.complete({**body, "prompt": self._tokens, "return_token_ids": True})
+        tokens = choice.get("token_ids")
+        if not isinstance(tokens, list) or len(tokens) != 1 or not isinstance(tokens[0], int):
+            raise AssistantError(
+                f"{engine.name} was asked for one token id and returned token_ids={tokens!r}; exchange "
+                "text with it, if it knows no token ids."
+            )
+        return tokens[0]
+
+    def _tokenised(self, choice: dict[str, Any]) -> int:
+        tokenizer, text = self._engine.tokenizer, choice.get("text")
+        if not isinstance(text, str):
+            raise AssistantError(f"{self._engine.name} answered without text.")
+        if not text and choice.get("finish_reason") == "stop":
+            return int(tokenizer.eos_token_id)
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        if len(ids) != 1:
+            raise AssistantError(
+                f"{self._engine.name} wrote {text!r}, which is {len(ids)} tokens of the base, not one."
+            )
+        return ids[0]
