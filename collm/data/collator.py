@@ -15,8 +15,15 @@ from collm.errors import ConfigurationError, DataFormatError
 class DataCollatorForCoLLM:
     """Pads scored (or plain tokenised) rows to the longest of the batch, for the stock `Trainer` and TRL's.
 
-    Columns that it does not know (an `id`, the original text) are left out. With TRL's `SFTTrainer` set
-    `remove_unused_columns=False` and `dataset_kwargs={"skip_prepare_dataset": True}`, or it drops the scores.
+    Columns that it does not know (an `id`, the original text) are left out. TRL's `SFTTrainer` computes a loss of its own
+    beside the model since 1.0, and drops columns; give it the model's loss back:
+
+    ```python
+    class DeferralSFTTrainer(SFTTrainer):
+        compute_loss = transformers.Trainer.compute_loss
+
+    SFTConfig(remove_unused_columns=False, dataset_kwargs={"skip_prepare_dataset": True})
+    ```
 
     Args:
         pad_token_id (`int`, defaults to 0):

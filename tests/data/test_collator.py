@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_collm
+from conftest import tiny_collm, tiny_tokenizer
 from datasets import Dataset
 from transformers import Trainer, TrainingArguments
 
@@ -82,7 +82,10 @@ def train(trainer_class, model, tmp_path, **options):
         save_strategy="no", disable_tqdm=True, **options,
     )  # fmt: skip
     data = Dataset.from_list([row(n) for n in (4, 7, 5, 6)])
-    trainer = trainer_class(model=model, args=arguments, train_dataset=data, data_collator=DataCollatorForCoLLM())
+    trainer = trainer_class(
+        model=model, args=arguments, train_dataset=data, data_collator=DataCollatorForCoLLM(),
+        processing_class=tiny_tokenizer(),
+    )  # fmt: skip
     return trainer.train().training_loss
 
 
@@ -90,4 +93,17 @@ def test_the_stock_trainer_trains_on_scored_rows(tmp_path):
     model = tiny_collm(num_assistants=2)
     before = model.deferral_head.weight.detach().clone()
     assert np.isfinite(train(Trainer, model, tmp_path))
+    assert not torch.equal(model.deferral_head.weight, before)
+
+
+def test_trls_sft_trainer_trains_on_scored_rows(tmp_path):
+    trl = pytest.importorskip("trl")
+
+    class DeferralSFTTrainer(trl.SFTTrainer):
+        compute_loss = Trainer.compute_loss  # the model's own loss: TRL 1.x computes cross-entropy beside the model
+
+    model = tiny_collm(num_assistants=2)
+    before = model.deferral_head.weight.detach().clone()
+    options = {"dataset_kwargs": {"skip_prepare_dataset": True}, "remove_unused_columns": False, "bf16": False}
+    assert np.isfinite(train(DeferralSFTTrainer, model, tmp_path, settings=trl.SFTConfig, **options))
     assert not torch.equal(model.deferral_head.weight, before)
