@@ -15,8 +15,8 @@ from collm.errors import ConfigurationError, DataFormatError
 class DataCollatorForCoLLM:
     """Pads scored (or plain tokenised) rows to the longest of the batch, for the stock `Trainer` and TRL's.
 
-    Columns that it does not know (an `id`, the original text) are left out. TRL's `SFTTrainer` (seen in 1.16) computes a
-    loss of its own beside the model, and drops columns; give it the model's loss back:
+    Columns that it does not know (an `id`, the original text) are left out. TRL's `SFTTrainer` (seen in 1.16) computes
+    a loss of its own beside the model, and drops columns; give it the model's loss back:
 
     ```python
     class DeferralSFTTrainer(SFTTrainer):
