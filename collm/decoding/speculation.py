@@ -27,10 +27,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-# Share of stand-ins that were right, by the base's probability of the stand-in in tenths: a prior that counts for
-# PRIOR_WEIGHT observations (Qwen2.5-Coder 0.5B and 1.5B on GSM8K, greedy).
+# Share of stand-ins that were right, by the base's probability of the stand-in in tenths (Qwen2.5-Coder 0.5B and 1.5B
+# on GSM8K, greedy). The shape counts for SHAPE_WEIGHT observations in each tenth, the level for LEVEL_WEIGHT in all.
 PRIOR_ACCEPTANCE = (0.15, 0.25, 0.3, 0.35, 0.55, 0.65, 0.75, 0.8, 0.9, 0.95)
-PRIOR_WEIGHT = 8.0
+SHAPE_WEIGHT, LEVEL_WEIGHT = 8.0, 2.0
 PRIOR_RATE, PRIOR_RATE_WEIGHT = 0.25, 40.0
 
 # Cost of a decoding step: reading the weights, at bytes per second, and an overhead for each layer. Only ratios matter.
@@ -61,15 +61,22 @@ class DraftGate:
     """
 
     cost_ratio: float
-    right: list[float] = field(default_factory=lambda: [PRIOR_WEIGHT * p for p in PRIOR_ACCEPTANCE])
-    seen: list[float] = field(default_factory=lambda: [PRIOR_WEIGHT] * len(PRIOR_ACCEPTANCE))
+    right: list[int] = field(default_factory=lambda: [0] * len(PRIOR_ACCEPTANCE))
+    seen: list[int] = field(default_factory=lambda: [0] * len(PRIOR_ACCEPTANCE))
     deferrals: float = PRIOR_RATE * PRIOR_RATE_WEIGHT
     tokens: float = PRIOR_RATE_WEIGHT
 
     def acceptance(self, probability: float) -> float:
-        """Estimated probability that the assistant chooses a stand-in to which the base gives `probability`."""
+        """Estimated probability that the assistant chooses a stand-in to which the base gives `probability`.
+
+        The prior's curve, moved to the level at which stand-ins have been right so far, then each tenth to its own
+        share.
+        """
         i = self._bin(probability)
-        return self.right[i] / self.seen[i]
+        expected = sum(n * prior for n, prior in zip(self.seen, PRIOR_ACCEPTANCE, strict=True))
+        level = (sum(self.right) + LEVEL_WEIGHT) / (expected + LEVEL_WEIGHT)
+        prior = min(PRIOR_ACCEPTANCE[i] * level, 1.0)
+        return (self.right[i] + SHAPE_WEIGHT * prior) / (self.seen[i] + SHAPE_WEIGHT)
 
     def record(self, probability: float, accepted: bool) -> None:
         """A waiting deferral was verified."""
@@ -102,13 +109,13 @@ class Lookup:
         """Length of the longest match of the end of `tokens + guess`, and up to `count` tokens that followed it."""
         self.text[self.prompt + self.synced :] = tokens[self.synced :] + guess
         self.synced, text = len(tokens), self.text
-        for end in range(self.indexed + 1, len(text)):
+        for end in range(self.indexed + 1, self.prompt + len(tokens)):
             for n in range(1, min(LONGEST_MATCH, end) + 1):
                 self.places[tuple(text[end - n : end])] = end
         self.indexed = max(self.indexed, self.prompt + len(tokens) - 1)
         for n in range(min(LONGEST_MATCH, len(text) - 1), 0, -1):
-            end = self.places.get(tuple(text[-n:]), len(text))
-            if end < len(text):
+            end = self.places.get(tuple(text[-n:]), 0)
+            if 0 < end < len(text) and text[end - n : end] == text[-n:]:  # not cut since, nor written over
                 return n, text[end : end + count]
         return 0, []
 
