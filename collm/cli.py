@@ -14,12 +14,20 @@ from collm.errors import CoLLMError, did_you_mean
 
 # command -> (module of collm.commands, one line of help; listed without importing anything)
 COMMANDS: dict[str, tuple[str, str]] = {
-    "score": ("score", "write what the assistants say about a data set, token by token; killed, it goes on where it was"),
+    "score": (
+        "score",
+        "write what the assistants say about a data set, token by token; killed, it goes on where it was",
+    ),
     "train": ("train", "train a base and its deferral head on scored data; killed, it goes on where it was"),
     "calibrate": ("calibrate", "measure thresholds for deferral rates on what the models write together"),
     "eval": ("eval", "measure quality, deferral rate and cost on a task; a killed run goes on"),
     "sweep": ("sweep", "quality against deferral rate and cost, with every control, as JSON, PNG and HTML"),
     "serve": ("serve", "serve a deferral checkpoint with its assistants, OpenAI-compatible, on vLLM or transformers"),
+    "export": ("export", "write a deferral checkpoint in another form: full, head only, or as a vocabulary row"),
+    "demo": (
+        "demo",
+        "train two tiny models that need each other and watch them write together; offline, a few minutes",
+    ),
     "lm-eval": ("lm_eval", "lm-evaluation-harness with the model `collm`; its flags are the harness's own"),
 }
 

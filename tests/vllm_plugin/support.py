@@ -33,9 +33,15 @@ def save_base(folder: Path, architecture: str, num_assistants: int = 1, seed: in
     statistics = {"uncertainty_mean": [1.0, 0.0, 0.5, -1.0], "uncertainty_std": [1.0, 1.0, 0.5, 1.0]}
     deferral = {"num_assistants": num_assistants, **statistics}
     model = tiny_collm(architecture, seed, deferral=deferral, **shape(architecture))
-    return save_plain(model, folder), model
+    return save_plain(model, folder), exact(model)
 
 
 def save_assistant(folder: Path, architecture: str, seed: int):
     model = tiny_model(architecture, seed, **shape(architecture))
-    return save_plain(model, folder), model
+    return save_plain(model, folder), exact(model)
+
+
+def exact(model):
+    """transformers' default attention leaves Gemma2's soft-capping of attention logits out; its eager one does not."""
+    model.set_attn_implementation("eager")
+    return model
