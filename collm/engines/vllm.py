@@ -26,6 +26,9 @@ from collm.vllm_plugin.gates import gate_bias, reserved_ids, score_of_logprob
 
 from .session import Finish, Gate, Piece, Sampling, sigmoid
 
+# Scheduled ahead, a step would be computed behind every hand-off and thrown away.
+DEFAULTS = {"async_scheduling": False}
+
 _FINISH: dict[str | None, Finish | None] = {None: None, "stop": "stop", "length": "length"}
 
 
@@ -40,7 +43,7 @@ class VLLMEngine:
 
     def __init__(self, model: str, name: str | None = None, **engine_args: Any):
         self.name = name or model
-        self.engine = AsyncLLM.from_engine_args(AsyncEngineArgs(model=model, **engine_args))
+        self.engine = AsyncLLM.from_engine_args(AsyncEngineArgs(model=model, **{**DEFAULTS, **engine_args}))
         model_config = self.engine.model_config
         self.max_length = model_config.max_model_len
         deferral = getattr(model_config.hf_config, "deferral", None)
