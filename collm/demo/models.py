@@ -1,0 +1,114 @@
+"""The demonstration's two models, a fifth of a million parameters each, trained from random weights."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm import tqdm
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from .problems import LARGEST_RESULT, make_problem, make_worksheet
+
+BATCH_SIZE = 64
+LEARNING_RATE = 4e-3
+BASE_STEPS, ASSISTANT_STEPS = 700, 650
+
+
+def make_base(tokenizer: PreTrainedTokenizerFast, seed: int, progress: bool = True) -> LlamaForCausalLM:
+    """
+    A model that reads and writes word problems but cannot calculate: in all the text that it learns from, results are
+    random numbers.
+    """
+    rng = random.Random(f"base {seed}")
+
+    def text() -> str:
+        problem = make_problem(rng, knows_arithmetic=False)
+        return problem.prompt + problem.solution + tokenizer.eos_token
+
+    return train_language_model(make_model(tokenizer, seed), tokenizer, text, BASE_STEPS, "base", progress=progress)
+
+
+def make_assistant(tokenizer: PreTrainedTokenizerFast, seed: int, progress: bool = True) -> LlamaForCausalLM:
+    """
+    A model of the same size that calculates but cannot read or write: it learns from worksheets, equations among words
+    in no order, and only the results count. Its number embeddings start as waves of the number's value, which makes
+    sums quick to learn (Zhou et al., *FoNE: Precise Single-Token Number Embeddings via Fourier Features*, 2025).
+    """
+    rng = random.Random(f"assistant {seed}")
+    model = make_model(tokenizer, seed + 1)
+    numbers = tokenizer.convert_tokens_to_ids([f" {number}" for number in range(LARGEST_RESULT + 1)])
+    model.get_input_embeddings().weight.data[numbers, : 2 * len(PERIODS)] = waves(torch.arange(len(numbers)))
+    equals = tokenizer.convert_tokens_to_ids(" =")
+    return train_language_model(
+        model, tokenizer, lambda: make_worksheet(rng), ASSISTANT_STEPS, "assistant", after=equals, progress=progress
+    )
+
+
+PERIODS = (2, 5, 10, 20, 50, 100, 200)
+
+
+def waves(numbers: Tensor) -> Tensor:
+    """Cosine and sine of each number at each period: `(numbers,)` to `(numbers, 2 * periods)` float32."""
+    angles = 2 * math.pi * numbers[:, None] / torch.tensor(PERIODS)
+    return torch.stack([angles.cos(), angles.sin()], dim=-1).flatten(1)
+
+
+def make_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
+    """A Llama with 2 layers of 96 dimensions and random weights."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=96,
+        intermediate_size=192,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return LlamaForCausalLM(config)
+
+
+def train_language_model(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    text: Callable[[], str],
+    steps: int,
+    name: str,
+    after: int | None = None,
+    progress: bool = True,
+) -> LlamaForCausalLM:
+    """
+    Next-token training on texts that are made as it goes, none seen twice.
+
+    Args:
+        text (`Callable[[], str]`): Makes one training text.
+        after (`int`, *optional*): If given, only tokens that follow this one are targets.
+        name (`str`): Shown beside the progress bar.
+    """
+    optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.1)
+    bar = tqdm(range(steps), f"pretraining the {name}", unit="step", disable=None if progress else True)
+    model.train()
+    for _ in bar:
+        texts = [text() for _ in range(BATCH_SIZE)]
+        ids = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")["input_ids"]
+        targets = ids[:, 1:].masked_fill(ids[:, 1:] == tokenizer.pad_token_id, -100)
+        if after is not None:
+            targets = targets.masked_fill(ids[:, :-1] != after, -100)
+        loss = F.cross_entropy(model(ids).logits[:, :-1].flatten(0, 1), targets.flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
+    return model.eval()
