@@ -1,8 +1,8 @@
 """Speculation against the plain loop, and both against the rivals, on GSM8K prompts at batch 1.
 
-For each prompt, one after the other: the plain loop, speculation, speculation without reading along (drafting alone), and
-with --rivals also the base alone, the assistant alone, and transformers' assisted generation of the assistant drafted by
-the base. No trained head is needed: the entropy router with --cut defers where the base is unsure.
+For each prompt, one after the other: the plain loop, speculation, speculation without reading along (drafting alone),
+and with --rivals also the base alone, the assistant alone, and transformers' assisted generation of the assistant
+drafted by the base. No trained head is needed: the entropy router with --cut defers where the base is unsure.
 
     COLLM_DATA=data python benchmarks/decoding/speculation.py --prompts 6 --cut 0.5
 """

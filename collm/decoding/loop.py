@@ -192,8 +192,11 @@ class Decoder:
         assert reading.deferral_logits is not None
         going = list(range(len(rows)))
         for depth in range(1 + max(map(len, guesses))):
-            column = [depth - len(guesses[i]) - 1 for i in going]
-            logits, deferral = reading.logits[going, column], reading.deferral_logits[going, column]
+            if any(guesses):
+                column = [depth - len(guesses[i]) - 1 for i in going]
+                logits, deferral = reading.logits[going, column], reading.deferral_logits[going, column]
+            else:
+                logits, deferral = reading.logits[:, -1], reading.deferral_logits[:, -1]
             self.route_and_write([rows[i] for i in going], logits, deferral)
             guessed = [i for i in going if depth < len(guesses[i])]
             right = [i for i in guessed if rows[i].tokens[-1:] == guesses[i][depth : depth + 1]]
