@@ -12,9 +12,11 @@ import dataclasses
 import functools
 import inspect
 import os
+import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -218,6 +220,39 @@ class CoLLMForCausalLM(_Mixin):
             self.config.architectures = ["CoLLMForCausalLM"]
             self.config.save_pretrained(save_directory)
 
+    def push_to_hub(self, repo_id: str, *, head_only: bool = False, **kwargs: Any) -> Any:
+        """Upload the checkpoint with a model card that says how to use it and what it knows of its training.
+
+        Args:
+            repo_id (`str`): `"me/name"`; created where missing.
+            head_only (`bool`, *optional*, defaults to `False`): upload config.json and the head alone, a few kilobytes
+                that name their base (`config.deferral.base_model`); right only where the base was not trained.
+            kwargs: as in transformers' `push_to_hub` (`private`, `token`, `revision`, `create_pr`, `commit_message`,
+                `max_shard_size`, ...); with `head_only` as in [`~collm.hub.push_checkpoint`].
+
+        Raises:
+            HubError: the Hub refuses (401, 403, 404, ...) or cannot be reached.
+            CheckpointError: with `head_only`, the base has no name that others can load.
+        """
+        from . import hub
+        from .checkpoints import save_head_only
+
+        if head_only:
+            with tempfile.TemporaryDirectory() as folder:
+                save_head_only(self, folder)
+                return hub.push_checkpoint(folder, repo_id, **kwargs)
+        with hub.hub_errors(repo_id):
+            return super().push_to_hub(repo_id, **kwargs)
+
+    def _upload_modified_files(
+        self, working_dir: str | os.PathLike[str], repo_id: str, *args: Any, **kwargs: Any
+    ) -> Any:
+        # transformers calls this once the files are written, from push_to_hub and from save_pretrained(push_to_hub=True).
+        from .hub import prepare_upload
+
+        prepare_upload(Path(working_dir), repo_id, kwargs.get("token"))
+        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
+
     # ---------------------------------------------------------------------------------------------------- forward
 
     def forward(
@@ -347,7 +382,8 @@ class CoLLMForCausalLM(_Mixin):
         return loss, scores.base_logprobs, scores.deferral_logits
 
     def _targets_per_chunk(self) -> int:
-        return max(1, LOGITS_PER_CHUNK // self.get_output_embeddings().weight.shape[0])
+        # Not from the LM head's weight, which is empty between uses under ZeRO-3.
+        return max(1, LOGITS_PER_CHUNK // self.config.get_text_config(decoder=True).vocab_size)
 
     def _parameters_after_decoder(self) -> list[Tensor]:
         """LM head (wherever it lies, it may be tied), deferral head, and whatever else the decoder does not hold."""

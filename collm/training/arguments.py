@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any, Literal
 
 from transformers import TrainingArguments
@@ -103,6 +103,11 @@ class TrainArguments(TrainingArguments):
     prediction_loss_only: bool = field(default=True, metadata={"help": "evaluate the loss alone"})
 
     def __post_init__(self) -> None:
+        self._changed = {
+            option.name: getattr(self, option.name)
+            for option in fields(self)
+            if option.name not in ("config", "hub_token") and getattr(self, option.name) != _default(option)
+        }
         super().__post_init__()
         for name in ("model", "data"):
             if getattr(self, name) is None:
@@ -125,7 +130,9 @@ class TrainArguments(TrainingArguments):
             return self.z_positive_weight
 
     def changed(self) -> dict[str, Any]:
-        """The options that differ from their defaults, as in a YAML file."""
-        ours = self.to_dict()
-        defaults = TrainArguments(model="", data="", output_dir=self.output_dir, use_cpu=self.use_cpu).to_dict()
-        return {name: value for name, value in ours.items() if value != defaults.get(name) and name != "config"}
+        """The options that were given and differ from their defaults, as in a YAML file."""
+        return dict(self._changed)
+
+
+def _default(option: Field) -> Any:
+    return option.default if option.default_factory is MISSING else option.default_factory()

@@ -64,7 +64,7 @@ class DeferralLoggingCallback(TrainerCallback):
     def _add(self, name: str, gradient: Tensor) -> None:
         if self._in_forward:
             return
-        gradient = gradient.detach().float()
+        gradient = gradient.detach().to(torch.float32, copy=True)  # clipping works in place
         self._gradients[name] = self._gradients[name] + gradient if name in self._gradients else gradient
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -60,6 +60,11 @@ def train(arguments: TrainArguments) -> dict[str, Any]:
         check_writable(output)
     checkpoint = _checkpoint_to_resume(arguments, output)
     set_seed(arguments.seed)  # the Trainer does it too, but adapters draw their weights before
+    if arguments.deepspeed and arguments.use_cpu:
+        import deepspeed
+
+        # accelerate tells DeepSpeed of the process group on accelerators only; ZeRO-3 asks for it at loading.
+        deepspeed.init_distributed("gloo", auto_mpi_discovery=False)
 
     # 2. Data and model.
     tokenizer = load_tokenizer(arguments.model)

@@ -252,7 +252,7 @@ def _write(parameter: Tensor, value: Tensor) -> None:
     if isinstance(parameter, DTensor):  # FSDP2
         parameter.copy_(distribute_tensor(value, parameter.device_mesh, parameter.placements))
     elif hasattr(parameter, "ds_id"):  # ZeRO-3
-        from deepspeed.zero import GatheredParameters
+        from deepspeed.runtime.zero import GatheredParameters
 
         with GatheredParameters([parameter], modifier_rank=0):
             parameter.data.copy_(value)

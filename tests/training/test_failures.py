@@ -49,7 +49,8 @@ def test_killed_run_goes_on_to_the_weights_of_an_uninterrupted_one(run, tmp_path
         "import sys, time, torch; torch.set_num_threads(1)\n"
         "from transformers import TrainerCallback\n"
         "from collm.training import callbacks\n"
-        "callbacks.StopOnNaNCallback.on_step_end = lambda self, *a, **k: (print('step', flush=True), time.sleep(0.3), None)[2]\n"
+        "def slow(*arguments, **keywords): print('step', flush=True); time.sleep(0.3)\n"
+        "callbacks.StopOnNaNCallback.on_step_end = slow\n"
         "from collm.cli import main\n"
         "sys.exit(main(['train', sys.argv[1]]))\n"
     )

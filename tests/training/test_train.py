@@ -56,14 +56,14 @@ def test_full_training_writes_a_checkpoint_that_loads_both_ways(run, tmp_path):
 
 
 def test_each_step_logs_what_deferral_does(run, tmp_path):
-    record = trained(run, tmp_path, save_strategy="no")
+    record = trained(run, tmp_path, save_strategy="no", max_grad_norm=1e-3)
     steps = [entry for entry in record["results"]["log_history"] if "loss" in entry]
     assert len(steps) == 4
     for entry in steps:
         assert entry["base_nll"] > 0 < entry["assistant_nll"]
         assert 0 < entry["deferral_probability"] < 1
         assert 0 < entry["posterior"] < 1
-        assert 0 < entry["head_grad_norm"] <= entry["grad_norm"] * (1 + 1e-4)
+        assert 1e-3 < entry["head_grad_norm"] <= entry["grad_norm"] * (1 + 1e-4)  # before clipping, as the Trainer's
     assert record["results"]["log_history"][0]["z_initialization"]["tokens"] > 0
 
 
