@@ -88,6 +88,8 @@ class CommandParser(HfArgumentParser):
         if not positional:
             field.metadata = metadata  # type: ignore[assignment]
             HfArgumentParser._parse_dataclass_field(parser, field)
+            if metadata.get("action") == "extend":  # one value each time, so that what follows is not swallowed
+                parser._actions[-1].nargs = 1
             field.metadata = {**metadata, "config": config}  # type: ignore[assignment]
             return
         options: dict[str, Any] = {"help": metadata.get("help"), "metavar": _shown_name(field)}
@@ -165,7 +167,7 @@ class CommandParser(HfArgumentParser):
     def _converted(self, action: argparse.Action, value: Any, path: Path) -> Any:
         words = [_word(item) for item in value] if isinstance(value, list) else [_word(value)]
         single = argparse.ArgumentParser(prog=f"{self.prog}: {path}", add_help=False, usage=argparse.SUPPRESS)
-        how: dict[str, Any] = {"action": "append", "default": []} if action.nargs in ("+", "*") else {}
+        how: dict[str, Any] = {"action": "append", "default": []} if action.nargs in ("+", "*", 1) else {}
         single.add_argument(f"--{action.dest}", type=action.type, choices=action.choices, **how)
         return getattr(single.parse_args([f"--{action.dest}={word}" for word in words]), action.dest)
 
