@@ -1,15 +1,16 @@
 """The errors that collm raises on purpose. All of them are `ValueError`s, so existing handlers keep working.
 
-    CoLLMError(ValueError)
-    ├── ConfigurationError        an option, or a combination of options, that cannot be meant
-    ├── UnsupportedModelError     an architecture or a mode that deferral cannot work with
-    ├── CheckpointError           a checkpoint that is missing, damaged or of another shape
-    ├── TokenizerMismatchError    base and assistant do not share a vocabulary
-    ├── DataFormatError           rows, columns or files that cannot be read as training data
-    ├── ScoreMismatchError        scores of another model, tokenizer or data set
-    ├── CalibrationError          a deferral rate was asked for and no table answers it
-    ├── AssistantError            an assistant failed while it was asked
-    └── TrainingError             training cannot go on: a loss that is no number, a checkpoint that cannot be written
+CoLLMError(ValueError)
+├── ConfigurationError        an option, or a combination of options, that cannot be meant
+├── UnsupportedModelError     an architecture or a mode that deferral cannot work with
+├── CheckpointError           a checkpoint that is missing, damaged or of another shape
+├── HubError                  the Hugging Face Hub refuses, or cannot be reached
+├── TokenizerMismatchError    base and assistant do not share a vocabulary
+├── DataFormatError           rows, columns or files that cannot be read as training data
+├── ScoreMismatchError        scores of another model, tokenizer or data set
+├── CalibrationError          a deferral rate was asked for and no table answers it
+├── AssistantError            an assistant failed while it was asked
+└── TrainingError             training cannot go on: a loss that is no number, a checkpoint that cannot be written
 """
 
 from __future__ import annotations
@@ -32,6 +33,10 @@ class UnsupportedModelError(CoLLMError):
 
 class CheckpointError(CoLLMError):
     """A checkpoint that is missing, damaged or of another shape."""
+
+
+class HubError(CoLLMError):
+    """The Hugging Face Hub refuses, or cannot be reached."""
 
 
 class TokenizerMismatchError(CoLLMError):

@@ -4,8 +4,9 @@
 
 Each variant runs in a process of its own, on random weights and the same made-up batch. A step is forward and backward
 without optimiser. Memory is the peak of the resident set between the decoder's output and the end of backward, above
-what the process held when the decoder had just returned: weights, their gradient buffers and the activations. The last
-line of standard output is one JSON object.
+what the process held when the decoder had just returned: weights, their gradient buffers and activations. Where other
+programs keep the machine busy, read `cpu_time_ratio` of a run with `--threads 1`. The last line of standard output is
+one JSON object.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=896)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--steps", type=int, default=3, help="timed steps after one to warm up; the median is reported")
+    parser.add_argument(
+        "--steps", type=int, default=3, help="timed steps, after a short one to warm up; the median is reported"
+    )
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
     parser.add_argument("--output", type=Path, help="also write the result to this file")
@@ -53,6 +56,7 @@ def main() -> None:
         for result in results.values():
             result["memory_ratio"] = round(result["memory_mib"] / reference["memory_mib"], 3)
             result["time_ratio"] = round(result["seconds"] / reference["seconds"], 3)
+            result["cpu_time_ratio"] = round(result["cpu_seconds"] / reference["cpu_seconds"], 3)
     settings = {k: v for k, v in vars(arguments).items() if k not in ("output", "only")}
     report = {"settings": settings, "machine": machine(), "results": results}
     if arguments.output:
@@ -97,20 +101,26 @@ def measure(variant: str, arguments: argparse.Namespace) -> dict[str, float]:
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
         held.append(memory("VmRSS"))
 
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)  # gradient buffers count as weights
+    batch = ids, logprobs
+    ids, logprobs = ids[:1, :32], logprobs[:1, :32]  # to warm up
+    loss().backward()
+    ids, logprobs = batch
     model.base_model.register_forward_hook(decoder_is_done)
     seconds, peaks, value = [], [], 0.0
-    for step in range(arguments.steps + 1):
-        model.zero_grad(set_to_none=False)  # gradient buffers stay: they count as weights
-        start = time.perf_counter()
+    for _ in range(arguments.steps):
+        model.zero_grad(set_to_none=False)
+        start = time.perf_counter(), time.process_time()
         summed = loss()
         summed.backward()
-        if step:
-            seconds.append(time.perf_counter() - start)
-            peaks.append(memory("VmHWM") - held[-1])
+        seconds.append((time.perf_counter() - start[0], time.process_time() - start[1]))
+        peaks.append(memory("VmHWM") - held[-1])
         value = summed.item()
         del summed
     return {
-        "seconds": round(statistics.median(seconds), 3),
+        "seconds": round(statistics.median(wall for wall, _ in seconds), 3),
+        "cpu_seconds": round(statistics.median(cpu for _, cpu in seconds), 3),
         "memory_mib": round(statistics.median(peaks), 1),
         "held_mib": round(held[-1], 1),
         "loss": round(value, 5),
