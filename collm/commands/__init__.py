@@ -83,14 +83,15 @@ class CommandParser(HfArgumentParser):
     def _parse_dataclass_field(parser: argparse.ArgumentParser, field: dataclasses.Field) -> None:
         metadata = dict(field.metadata)
         config, positional = metadata.pop("config", False), metadata.pop("positional", False)
+        one_each = metadata.pop("one_each", False)
         if "help" in metadata:
             metadata["help"] = re.sub(r"(?<!%)%(?![%(])", "%%", metadata["help"])
         if not positional:
             field.metadata = metadata  # type: ignore[assignment]
             HfArgumentParser._parse_dataclass_field(parser, field)
-            if metadata.get("action") == "extend":  # one value each time, so that what follows is not swallowed
+            if one_each:  # of an option given several times, so that it does not swallow the positionals behind it
                 parser._actions[-1].nargs = 1
-            field.metadata = {**metadata, "config": config}  # type: ignore[assignment]
+            field.metadata = {**metadata, "config": config, "one_each": one_each}  # type: ignore[assignment]
             return
         options: dict[str, Any] = {"help": metadata.get("help"), "metavar": _shown_name(field)}
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING

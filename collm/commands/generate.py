@@ -35,7 +35,11 @@ class Arguments:
     )
     assistant: list[str] = field(
         default_factory=list,
-        metadata={"help": "Hub name or folder of an assistant, in the order of the head", "action": "extend"},
+        metadata={
+            "help": "Hub name or folder of an assistant; again for each further one, in the order of the head",
+            "action": "extend",
+            "one_each": True,
+        },
     )
     file: str | None = field(
         default=None, metadata={"help": 'one prompt per line, or JSON lines with "prompt" or "messages"; "-" is stdin'}
