@@ -21,8 +21,12 @@ class Arguments:
 
 def run(arguments: Arguments) -> int:
     """Run it, print the table and a few solutions, write the page; the last line names the page."""
+    import logging
     import sys
     from pathlib import Path
+
+    import datasets
+    import transformers
 
     from collm.demo.pipeline import run as run_demo
     from collm.demo.report import page, table
@@ -32,6 +36,11 @@ def run(arguments: Arguments) -> int:
     output = Path(arguments.output)
     if output.exists() and any(output.iterdir()):
         raise ConfigurationError(f"{output} is not empty: name a new folder with --output, or remove it.")
+    # Progress bars of the stages are enough: no word about each file, or about a head that is meant to be new.
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    logging.basicConfig(level=logging.INFO, format="   %(message)s", stream=sys.stderr)
     result = run_demo(output, arguments.seed, say=lambda text: print(text, file=sys.stderr, flush=True))
     for view in result.views:
         print(f"\n{view.prompt}{color_tokens(view)}")

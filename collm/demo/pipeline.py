@@ -18,10 +18,10 @@ from collm.reporting.view import TokenView
 from .models import make_assistant, make_base
 from .problems import Problem, make_problem, make_tokenizer
 
-TRAINING_PROBLEMS, UNSEEN_PROBLEMS, SHOWN = 1000, 200, 4
+TRAINING_PROBLEMS, UNSEEN_PROBLEMS, SHOWN = 2000, 200, 4
 MAX_NEW_TOKENS = 72
 # Of the fine-tuned base and of the collaborating base alike.
-FINE_TUNING = {"learning_rate": 1e-3, "num_train_epochs": 4.0, "per_device_train_batch_size": 16}
+FINE_TUNING = {"learning_rate": 1e-3, "num_train_epochs": 3.0, "per_device_train_batch_size": 32}
 
 
 @dataclass
@@ -198,7 +198,8 @@ class Clock:
     """Says what starts and remembers how long it took."""
 
     def __init__(self, say: Callable[[str], None]):
-        self.say, self.seconds, self.stage, self.began = say, {}, "", 0.0
+        self.say, self.stage, self.began = say, "", 0.0
+        self.seconds: dict[str, float] = {}
 
     def start(self, stage: str) -> None:
         self.stop()
