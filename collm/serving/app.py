@@ -39,6 +39,7 @@ from .service import Answer, BusyError, Delta, Service, UnknownModelError
 
 STREAM = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 CLIENT_LEFT = 499  # as in nginx's log; nobody receives it
+ANSWER = {"description": "the answer; with `stream`, server-sent events", "content": {"text/event-stream": {}}}
 ERRORS: dict[int | str, dict[str, Any]] = {
     400: {"model": ErrorResponse, "description": "the request cannot be meant"},
     401: {"model": ErrorResponse, "description": "no API key, or a wrong one"},
@@ -82,6 +83,7 @@ def create_app(
             raise HTTPException(401, "a valid API key is needed", {"WWW-Authenticate": "Bearer"})
 
     guarded: dict[str, Any] = {"dependencies": [Depends(authorised)], "responses": ERRORS}
+    answering = {**guarded, "responses": {**ERRORS, 200: ANSWER}}
 
     @app.get("/health", responses={503: {"description": "the base engine is down"}})
     async def health() -> JSONResponse:
@@ -96,7 +98,7 @@ def create_app(
     async def models() -> dict[str, Any]:
         return {"object": "list", "data": [_model_card(service)]}
 
-    @app.post("/v1/completions", **guarded)
+    @app.post("/v1/completions", **answering)
     async def completions(body: CompletionRequest, http: HTTPRequest) -> Response:
         requests = [
             request
@@ -105,7 +107,7 @@ def create_app(
         ]
         return await _respond(service, body, requests, http, CompletionShape(body, service))
 
-    @app.post("/v1/chat/completions", **guarded)
+    @app.post("/v1/chat/completions", **answering)
     async def chat_completions(body: ChatCompletionRequest, http: HTTPRequest) -> Response:
         prompt = _chat_ids(service, body.messages)
         limit = body.max_completion_tokens or body.max_tokens
