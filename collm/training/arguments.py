@@ -108,10 +108,14 @@ class TrainArguments(TrainingArguments):
             for option in fields(self)
             if option.name not in ("config", "hub_token") and getattr(self, option.name) != _default(option)
         }
+        if self.fsdp in ("true", "false"):  # YAML's own spelling; the parent takes a bool or its older option strings
+            self.fsdp = self.fsdp == "true"  # type: ignore[assignment]
         super().__post_init__()
         for name in ("model", "data"):
             if getattr(self, name) is None:
                 raise ConfigurationError(f"`{name}` is missing: give --{name}, or `{name}:` in the YAML file.")
+        if self.fsdp and self.use_cpu:
+            raise ConfigurationError("accelerate shards on accelerators only: with use_cpu, fsdp would train by DDP.")
         if self.mode == "head" and self.objective == "sft":
             raise ConfigurationError("objective sft trains a model without a head; it cannot go with mode head.")
         if self.merge_adapter and self.mode not in ("lora", "qlora"):

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -32,11 +33,12 @@ def launch(folder: Path, arguments: dict, timeout: int = 600, **environment: str
     """`collm train` under torchrun."""
     config = folder / "run.yaml"
     config.write_text(yaml.safe_dump(arguments))
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-        "-m", "collm.cli", "train", str(config),
-    ]  # fmt: skip
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
+    torchrun("-m", "collm.cli", "train", config, timeout=timeout, PYTHONPATH=str(ROOT), **environment)
+
+
+def torchrun(*program: str | Path, timeout: int = 600, **environment: str) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *map(str, program)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
     assert done.returncode == 0, done.stderr[-4000:]
 
@@ -112,3 +114,50 @@ def test_zero(run, alone, tmp_path, stage):
     arguments = options(run, tmp_path / "out", batch=2, deepspeed=zero(stage))
     launch(tmp_path, arguments, 900, DS_ACCELERATOR="cpu", TORCH_EXTENSIONS_DIR=extensions, PATH=path)
     same_training(tmp_path / "out", alone)
+
+
+FSDP = """
+    import sys, torch
+    from torch import distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
+    from conftest import random_batch, tiny_collm
+    from helpers import scored_rows
+    from collm.data.collator import DataCollatorForCoLLM
+    from collm.training.zinit import z_initialise
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    rows, collator = scored_rows(21), DataCollatorForCoLLM()
+    batch = random_batch(2, seed=dist.get_rank())
+
+    whole = tiny_collm()
+    z_initialise(whole, rows, collator, progress=False)
+    whole(**batch).loss.backward()
+    expected = {name: parameter.grad for name, parameter in whole.named_parameters()}
+    for gradient in expected.values():
+        dist.all_reduce(gradient)
+        gradient /= dist.get_world_size()
+
+    sharded = tiny_collm()
+    for layer in sharded.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(sharded, mesh=mesh)
+    assert isinstance(sharded.deferral_head.weight, DTensor)
+    z_initialise(sharded, rows, collator, progress=False)
+    torch.testing.assert_close(sharded.deferral_head.weight.full_tensor(), whole.deferral_head.weight.detach())
+    sharded(**batch).loss.backward()
+    for name, parameter in sharded.named_parameters():
+        torch.testing.assert_close(parameter.grad.full_tensor(), expected[name], atol=1e-5, rtol=1e-4)
+    dist.destroy_process_group()
+"""
+
+
+def test_fsdp2(tmp_path):
+    """accelerate shards on accelerators only, so that here torch shards the model, without the Trainer."""
+    program = tmp_path / "program.py"
+    program.write_text(textwrap.dedent(FSDP))
+    tests = Path(__file__).parents[1]
+    torchrun(program, PYTHONPATH=f"{ROOT}:{tests}:{tests / 'training'}")
