@@ -119,10 +119,10 @@ class CoLLMForCausalLM(_Mixin):
     def _attach_head(self, deferral: DeferralConfig | dict[str, Any] | None) -> None:
         self.config.deferral = DeferralConfig.from_any(deferral)
         lm_head = self.get_output_embeddings()
-        if lm_head is None or self.base_model is self:
+        if lm_head is None or not decoder_path(self):
             raise UnsupportedModelError(
-                f"{self.base_class.__name__} has no LM head over a decoder (`{self.base_model_prefix}`), and a "
-                "deferral head reads what the LM head reads. Take a decoder-only language model."
+                f"{self.base_class.__name__} has no LM head over a decoder, and a deferral head reads what the LM head "
+                "reads. Take a decoder-only language model."
             )
         hidden_size = lm_head.in_features if isinstance(lm_head, nn.Linear) else lm_head.weight.shape[-1]
         self.deferral_head = nn.Linear(
@@ -247,7 +247,7 @@ class CoLLMForCausalLM(_Mixin):
     def _upload_modified_files(
         self, working_dir: str | os.PathLike[str], repo_id: str, *args: Any, **kwargs: Any
     ) -> Any:
-        # transformers calls this once the files are written, from push_to_hub and from save_pretrained(push_to_hub=True).
+        # transformers calls this when files are written, from push_to_hub and save_pretrained(push_to_hub=True).
         from .hub import prepare_upload
 
         prepare_upload(Path(working_dir), repo_id, kwargs.get("token"))
@@ -306,7 +306,10 @@ class CoLLMForCausalLM(_Mixin):
         kwargs.setdefault("use_cache", False)
         if not output_logits:
             kwargs["logits_to_keep"] = 1
-        with _output_of(self.base_model) as decoded, _inputs_of(self.get_output_embeddings()) as seen:
+        with (
+            _output_of(self.get_submodule(decoder_path(self))) as decoded,
+            _inputs_of(self.get_output_embeddings()) as seen,
+        ):
             base = super().forward(input_ids, attention_mask=attention_mask, return_dict=True, **kwargs)
 
         # 2. The loss of the targets, a sum over chunks of them; per target token, not per micro-batch.
@@ -389,7 +392,7 @@ class CoLLMForCausalLM(_Mixin):
         """LM head (wherever it lies, it may be tied), deferral head, and whatever else the decoder does not hold."""
         lm_head = self.get_output_embeddings()
         found = [lm_head.weight, *lm_head.parameters()]
-        found += [p for name, p in self.named_parameters() if not name.startswith(f"{self.base_model_prefix}.")]
+        found += [p for name, p in self.named_parameters() if not name.startswith(f"{decoder_path(self)}.")]
         return list({id(p): p for p in found if p.requires_grad}.values())
 
     @torch.no_grad()
@@ -408,7 +411,7 @@ class CoLLMForCausalLM(_Mixin):
         if labels is None:
             labels = input_ids if attention_mask is None else input_ids.masked_fill(attention_mask == 0, -100)
         kwargs.setdefault("use_cache", False)
-        with _output_of(self.base_model) as decoded:
+        with _output_of(self.get_submodule(decoder_path(self))) as decoded:
             super().forward(input_ids, attention_mask=attention_mask, return_dict=True, logits_to_keep=1, **kwargs)
         targets = _targets(labels)
         hidden, tokens = decoded[0][0][:, :-1][targets], labels[:, 1:][targets]
@@ -543,12 +546,12 @@ def base_class_for(config: PreTrainedConfig, given: type[PreTrainedModel] | None
         raise UnsupportedModelError(
             f'"{name}" is an encoder-decoder; deferral is defined for one stream of tokens. {advice}'
         )
+    if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False):
+        raise UnsupportedModelError(f'"{name}" is an encoder: it sees the tokens that it should predict. {advice}')
     if given is not None:
         return given
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UnsupportedModelError(f'"{name}" is not a causal language model. {advice}')
-    if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False):
-        raise UnsupportedModelError(f'"{name}" is an encoder: it sees the tokens that it should predict. {advice}')
     classes = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     return classes[0] if isinstance(classes, (list, tuple)) else classes
 
@@ -637,23 +640,35 @@ def _output_of(module: nn.Module) -> Iterator[list[Any]]:
         handle.remove()
 
 
-class _Decoded:
-    """Stands for a model whose decoder has run: its own forward then computes LM head, capping and scaling alone."""
+def decoder_path(model: PreTrainedModel) -> str:
+    """Name of the module that the architecture's forward runs before the LM head; empty where there is none."""
+    base = model.base_model
+    if base is model:
+        return "model" if isinstance(getattr(model, "model", None), PreTrainedModel) else ""  # Llama 4's text model
+    prefix = model.base_model_prefix
+    return f"{prefix}.decoder" if isinstance(getattr(base, "decoder", None), PreTrainedModel) else prefix  # OPT
 
-    def __init__(self, model: PreTrainedModel, hidden: Tensor) -> None:
-        self._model = model
-        output = _DecoderOutput(last_hidden_state=hidden)
-        setattr(self, model.base_model_prefix, _Answer(model.base_model, output))
+
+class _StandIn:
+    """A module with one of its children replaced."""
+
+    def __init__(self, module: nn.Module, child: str, replacement: Any) -> None:
+        self._module = module
+        setattr(self, child, replacement)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._model, name)
+        return getattr(self._module, name)
 
 
-class _Answer:
-    def __init__(self, decoder: nn.Module, output: ModelOutput) -> None:
-        self._decoder, self._output = decoder, output
+class _Decoded:
+    """Stands for a decoder that has run: a model's own forward then computes LM head, capping and scaling alone."""
+
+    def __init__(self, decoder: nn.Module, hidden: Tensor) -> None:
+        self._decoder, self._output = decoder, _DecoderOutput(last_hidden_state=hidden)
+        self.called = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> ModelOutput:
+        self.called = True
         return self._output
 
     def __getattr__(self, name: str) -> Any:
@@ -677,9 +692,19 @@ def _architecture_forward(model_class: type) -> tuple[Any, dict[str, Any]]:
 
 
 def _run_lm_head(model: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """What the LM head reads, and the logits, given the decoder's output."""
     forward, arguments = _architecture_forward(type(model))  # type: ignore[arg-type]
+    path = decoder_path(model)
+    standing: Any = (decoded := _Decoded(model.get_submodule(path), hidden))
+    while path:
+        path, _, child = path.rpartition(".")
+        standing = _StandIn(model.get_submodule(path), child, standing)
     with _inputs_of(model.get_output_embeddings()) as seen:
-        output = forward(_Decoded(model, hidden), inputs_embeds=hidden, return_dict=True, **arguments)
+        output = forward(standing, inputs_embeds=hidden, return_dict=True, **arguments)
+    if not decoded.called:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} does not run its decoder `{decoder_path(model)}` as a whole."
+        )
     return seen[0], output.logits
 
 

@@ -234,6 +234,25 @@ def test_without_labels_every_kept_token_but_the_first_is_scored():
     assert len(scores.base_logprobs) == batch["attention_mask"][:, 1:].sum()
 
 
+def test_a_decoder_within_the_base_model_is_found():
+    """OPT's forward calls `model.decoder`; that `model` has run must not make it run again on its own output."""
+    config = AutoConfig.for_model(
+        "opt", vocab_size=64, hidden_size=32, ffn_dim=32, num_hidden_layers=1, num_attention_heads=2,
+        word_embed_proj_dim=32, max_position_embeddings=64, dropout=0.0,
+    )  # fmt: skip
+    base = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        hidden, logits = base.model(**inputs()).last_hidden_state, base(**inputs()).logits
+        torch.testing.assert_close(lm_head_logits(base, hidden), logits)
+    model, batch = randomise_head(CoLLMForCausalLM.from_base(base)), random_batch()
+    out = model(**inputs())
+    rows, tokens = batch["labels"][:, 1:] != -100, batch["labels"][:, 1:]
+    logprobs = out.logits[:, :-1][rows].log_softmax(-1).gather(-1, tokens[rows].unsqueeze(-1))[:, 0]
+    assistants = batch["assistant_logprobs"][:, 1:][rows]
+    expected = collm.marginal_likelihood_loss(logprobs, assistants, out.deferral_logits[:, :-1][rows])
+    torch.testing.assert_close(model(**batch).loss, expected)
+
+
 @each_architecture
 @torch.no_grad()
 def test_lm_head_logits_are_the_architectures_own(architecture):
@@ -256,7 +275,7 @@ def test_load_balancing_loss_is_added_with_the_architectures_weight(architecture
     torch.testing.assert_close(out.aux_loss, plain.aux_loss)
 
 
-# ------------------------------------------------------------------------------------------------ shape of the interface
+# ----------------------------------------------------------------------------------------------- shape of the interface
 
 
 def test_with_labels_logits_come_only_on_request():
@@ -410,6 +429,12 @@ def test_what_is_no_decoder_is_refused(architecture, message, tmp_path):
         CoLLMForCausalLM.from_pretrained(tmp_path)
     with pytest.raises(UnsupportedModelError, match=message):
         CoLLMForCausalLM.from_config(config)
+
+
+def test_a_loaded_encoder_is_refused_too():
+    config = AutoConfig.for_model("bert", vocab_size=20, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+    with pytest.raises(UnsupportedModelError, match='"bert" is an encoder'):
+        CoLLMForCausalLM.from_base(AutoModelForCausalLM.from_config(config))
 
 
 def test_quantisation_leaves_the_head_alone(tmp_path):
