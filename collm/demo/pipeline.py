@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import time
 from collections.abc import Callable
@@ -91,7 +92,8 @@ def run(output: Path, seed: int = 0, say: Callable[[str], None] = print, progres
     seen = {problem.prompt for problem in training}
     unseen = [p for p in (make_problem(rng) for _ in range(2 * UNSEEN_PROBLEMS)) if p.prompt not in seen]
     clock.start(f"score {len(training)} solved problems with the assistant")
-    score(training, tokenizer, folders["assistant"], output / "scored")
+    write_problems(training, output / "problems.jsonl")
+    score(output / "problems.jsonl", tokenizer, folders["assistant"], output / "scored")
 
     # 3. The same problems, the same settings: without an assistant and with one.
     clock.start("fine-tune the base alone")
@@ -119,15 +121,19 @@ def run(output: Path, seed: int = 0, say: Callable[[str], None] = print, progres
     return Result(rows, views[:SHOWN], clock.seconds, settings)
 
 
-def score(problems: list[Problem], tokenizer: PreTrainedTokenizerFast, assistant: str, output: Path) -> None:
-    """Write the scored data set of the problems and their solutions."""
-    from datasets import Dataset
+def write_problems(problems: list[Problem], path: Path) -> None:
+    """One JSON object per line, in the form that `collm score` reads."""
+    rows = [{"prompt": problem.prompt, "completion": problem.solution} for problem in problems]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
+
+def score(path: Path, tokenizer: PreTrainedTokenizerFast, assistant: str, output: Path) -> None:
+    """What `collm score` does."""
     from collm.data.formatting import format_rows
+    from collm.data.reading import read_rows
     from collm.data.scoring import score_dataset
 
-    rows = Dataset.from_list([{"prompt": p.prompt, "completion": p.solution} for p in problems])
-    formatted, report = format_rows(rows, tokenizer)
+    formatted, report = format_rows(read_rows(path), tokenizer)
     score_dataset(formatted, tokenizer, [assistant], output, report=report)
 
 
