@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from collm.data.scoring import AssistantSettings, score_dataset
 from collm.errors import ConfigurationError
@@ -53,6 +53,8 @@ class Arguments:
     quantization: str | None = field(default=None, metadata={"help": "4bit or 8bit, by bitsandbytes"})
     attn_implementation: str | None = field(default=None, metadata={"help": "as in transformers, flash_attention_2"})
     device_map: str | None = field(default=None, metadata={"help": '"auto" spreads one assistant over all devices'})
+    engine: str = field(default="transformers", metadata={"help": "transformers, or vllm for big assistants"})
+    tensor_parallel_size: int = field(default=1, metadata={"help": "devices that vLLM splits an assistant over"})
 
 
 def run(arguments: Arguments) -> int:
@@ -62,12 +64,8 @@ def run(arguments: Arguments) -> int:
     from collm.data.reading import read_rows
     from collm.data.tokenizers import check_same_tokenizer, load_tokenizer
 
-    settings = [
-        AssistantSettings(
-            name, arguments.dtype, arguments.quantization, arguments.attn_implementation, arguments.device_map
-        )
-        for name in arguments.assistant
-    ]
+    options = {f.name: getattr(arguments, f.name) for f in fields(AssistantSettings) if f.name != "name"}
+    settings = [AssistantSettings(name, **options) for name in arguments.assistant]
     model = arguments.model or arguments.assistant[0]
     tokenizer = load_tokenizer(model)
     for name in arguments.assistant:

@@ -18,7 +18,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,8 +38,8 @@ if TYPE_CHECKING:
     from collm.data.formatting import FormatReport
 
 SCORES_FILE = "collm_scores.json"
-LOGITS_PER_CHUNK = 2**25  # most logits that exist at once: 128 MiB in float32, 220 positions of a vocabulary of 152k
-QUANTIZATIONS = ("4bit", "8bit")
+LAYOUT = ("device_map", "tensor_parallel_size")  # where an assistant runs, not what it says
+LOGITS_PER_CHUNK = 2**25  # 128 MiB in float32, 220 positions of a vocabulary of 152k
 
 # (input_ids, labels), one list per sequence -> float32 (N,) log-probabilities in nats and bool (N,) whether the target
 # is the first choice; N = targets in the order of the sequences. Whatever can answer this can score.
@@ -57,6 +57,11 @@ class AssistantSettings:
             needs nothing.
         attn_implementation (`str`, *optional*): as in transformers.
         device_map (`str`, *optional*): `"auto"` spreads one assistant over all devices of this process.
+        engine (`str`, defaults to `"transformers"`): or `"vllm"`, which schedules a big assistant over several devices.
+        tensor_parallel_size (`int`, defaults to 1): devices that vLLM splits the assistant over.
+
+    Raises:
+        [`ConfigurationError`]: a value that an option does not have, or options that exclude each other.
     """
 
     name: str
@@ -64,16 +69,28 @@ class AssistantSettings:
     quantization: str | None = None
     attn_implementation: str | None = None
     device_map: str | None = None
+    engine: str = "transformers"
+    tensor_parallel_size: int = 1
 
     def __post_init__(self) -> None:
         for option, value, allowed in (
             ("dtype", self.dtype, ("auto", "float32", "bfloat16", "float16")),
-            ("quantization", self.quantization or "4bit", QUANTIZATIONS),
+            ("quantization", self.quantization or "4bit", ("4bit", "8bit")),
+            ("engine", self.engine, ("transformers", "vllm")),
         ):
             if value not in allowed:
                 raise ConfigurationError(
                     f'{option} is "{value}"; it can be {", ".join(allowed)}.{did_you_mean(value, allowed)}'
                 )
+        if self.engine == "vllm" and (self.quantization == "8bit" or self.attn_implementation or self.device_map):
+            raise ConfigurationError(
+                'engine="vllm" has no quantization="8bit", attn_implementation or device_map: vLLM chooses its '
+                "attention, and splits an assistant by tensor_parallel_size."
+            )
+        if self.engine == "transformers" and self.tensor_parallel_size != 1:
+            raise ConfigurationError(
+                'tensor_parallel_size is for engine="vllm"; with transformers use device_map="auto".'
+            )
 
 
 # ---- The model call -------------------------------------------------------------------------------------------------
@@ -99,16 +116,20 @@ def score_batch(model: PreTrainedModel, input_ids: Tensor, labels: Tensor) -> tu
     hidden = model.base_model(input_ids=input_ids, use_cache=False)[0]
     targets = labels[:, 1:] != -100
     hidden, tokens = hidden[:, :-1][targets.to(hidden.device)], labels[:, 1:][targets].to(hidden.device)
-    # A chunk and its float32 copies stay below what a plain forward spends on the logits of this batch.
+    # Many rows per product with the LM head's weight, few in float32: less memory than the logits of all positions,
+    # and what is read several times stays in the cache.
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
-    size = max(1, min(LOGITS_PER_CHUNK // vocabulary, input_ids.numel() // 8))
+    many = max(1, min(2 * LOGITS_PER_CHUNK // vocabulary, input_ids.numel() // 2))
+    few = max(1, LOGITS_PER_CHUNK // (8 * vocabulary))
     logprobs = torch.empty(len(tokens), dtype=torch.float32, device=hidden.device)
     correct = torch.empty(len(tokens), dtype=torch.bool, device=hidden.device)
-    for start in range(0, len(tokens), size):
-        part = slice(start, start + size)
-        logits = lm_head_logits(model, hidden[part].unsqueeze(0))[0].float()
-        correct[part] = logits.argmax(-1) == tokens[part]
-        logprobs[part] = -F.cross_entropy(logits, tokens[part], reduction="none")
+    for start in range(0, len(tokens), many):
+        chunk = lm_head_logits(model, hidden[start : start + many].unsqueeze(0))[0]
+        for offset in range(0, len(chunk), few):
+            part = slice(start + offset, start + min(offset + few, len(chunk)))
+            logits = chunk[offset : offset + few].float()
+            correct[part] = logits.argmax(-1) == tokens[part]
+            logprobs[part] = -F.cross_entropy(logits, tokens[part], reduction="none")
     return logprobs, correct
 
 
@@ -135,6 +156,16 @@ def load_scorer(settings: AssistantSettings, device: torch.device) -> Scorer:
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+    if settings.engine == "vllm":
+        from collm.data.vllm_scoring import VLLMScorer
+
+        quantization = "bitsandbytes" if settings.quantization else None
+        return VLLMScorer(
+            settings.name,
+            dtype=settings.dtype,
+            quantization=quantization,
+            tensor_parallel_size=settings.tensor_parallel_size,
+        )
     options: dict[str, Any] = {"dtype": settings.dtype, "device_map": settings.device_map}
     if settings.attn_implementation:
         options["attn_implementation"] = settings.attn_implementation
@@ -355,6 +386,8 @@ def _identity(settings: AssistantSettings, view: Dataset) -> dict[str, Any]:
     base_class_for(config)
     text = config.get_text_config(decoder=True)
     limit, vocabulary = getattr(text, "max_position_embeddings", None), text.vocab_size
+    if limit is not None and settings.engine == "vllm":
+        limit -= 1  # vLLM wants room for a token to generate
     lengths = _lengths(view)
     if limit is not None and lengths.max() > limit:
         raise AssistantError(
@@ -366,7 +399,7 @@ def _identity(settings: AssistantSettings, view: Dataset) -> dict[str, Any]:
         raise AssistantError(
             f'The data has the token id {largest}; the assistant "{settings.name}" knows ids below {vocabulary}.'
         )
-    answers = {key: value for key, value in asdict(settings).items() if key != "device_map"}
+    answers = {key: value for key, value in asdict(settings).items() if key not in LAYOUT}
     return {**answers, "weights": _weights_fingerprint(settings.name, config)}
 
 
@@ -431,10 +464,12 @@ def _check_same(manifest: dict[str, Any], path: Path) -> None:
 
 def _differences(found: dict[str, Any], wanted: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
     ours, theirs = wanted["assistants"], found.get("assistants", [])
+    defaults = {f.name: f.default for f in fields(AssistantSettings)}
     if len(ours) != len(theirs):
         yield "number of assistants", len(theirs), len(ours)
         return
     for k, (old, new) in enumerate(zip(theirs, ours, strict=True), start=1):
+        old = defaults | old  # a setting that an older version did not record had its default
         yield from ((f"assistant {k}'s {key}", old.get(key), new[key]) for key in new if old.get(key) != new[key])
     for key in wanted.keys() - {"assistants"}:
         if found.get(key) != wanted[key]:

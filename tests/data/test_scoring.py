@@ -119,7 +119,7 @@ def test_correct_is_the_argmax_even_where_two_tokens_nearly_tie():
 
 
 def test_lm_head_runs_once_per_target_and_a_chunk_at_a_time(monkeypatch):
-    monkeypatch.setattr(scoring, "LOGITS_PER_CHUNK", 4 * VOCAB_SIZE)
+    monkeypatch.setattr(scoring, "LOGITS_PER_CHUNK", 2 * VOCAB_SIZE)
     model, seen = tiny_model("llama"), []
     model.lm_head.register_forward_hook(lambda _, args, __: seen.append(args[0].shape[:-1].numel()))
     rows = [formatted(9)[i] for i in (2, 5, 8)]
