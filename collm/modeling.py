@@ -320,7 +320,8 @@ class CoLLMForCausalLM(_Mixin):
 
         # 3. The load-balancing loss of a mixture of experts is the architecture's own, with its own weight.
         if base.get("aux_loss") is not None:
-            loss = loss + self.config.router_aux_loss_coef * base.aux_loss.to(loss.device)
+            weight = self.config.get_text_config(decoder=True).router_aux_loss_coef
+            loss = loss + weight * base.aux_loss.to(loss.device)
         if output_logits:
             return _with_deferral(base, loss=loss, deferral_logits=self._deferral_logits(seen[0], base.logits))
         return _with_deferral(base, loss=loss, logits=None)

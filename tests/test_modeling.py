@@ -431,6 +431,24 @@ def test_what_is_no_decoder_is_refused(architecture, message, tmp_path):
         CoLLMForCausalLM.from_config(config)
 
 
+def test_a_multimodal_config_gives_a_model_that_defers_on_text(tmp_path):
+    text = tiny_config("gemma3_text").to_dict()
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+              "image_size": 28, "patch_size": 14}  # fmt: skip
+    config = AutoConfig.for_model("gemma3", text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    base = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        expected = base(**inputs()).logits
+    model = randomise_head(CoLLMForCausalLM.from_base(base))
+    model(**random_batch()).loss.backward()
+    assert model.deferral_head.weight.grad.abs().sum() > 0
+    model.save_pretrained(tmp_path)
+    again = CoLLMForCausalLM.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        assert torch.equal(again(**inputs()).logits, expected)
+        assert torch.equal(again(**inputs()).deferral_logits, model(**inputs()).deferral_logits)
+
+
 def test_a_loaded_encoder_is_refused_too():
     config = AutoConfig.for_model("bert", vocab_size=20, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
     with pytest.raises(UnsupportedModelError, match='"bert" is an encoder'):
