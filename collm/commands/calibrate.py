@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,12 +51,7 @@ Arguments = (ModelOptions, DataOptions, CalibrateOptions)
 
 def run(models: ModelOptions, data: DataOptions, options: CalibrateOptions) -> int:
     """Calibrate, save, print the table; the last line on standard output is one JSON object."""
-    from collm.calibration import calibrate_rates, save_calibration
     from collm.errors import CheckpointError, ConfigurationError
-    from collm.evaluation.generations import weights_fingerprint
-    from collm.evaluation.loading import load_models
-    from collm.evaluation.runner import ModelWriter
-    from collm.evaluation.trajectory import Trajectory
 
     goals = [name for name in ("target_rate", "metric", "roc") if getattr(options, name)]
     if len(goals) > 1:
@@ -65,27 +61,29 @@ def run(models: ModelOptions, data: DataOptions, options: CalibrateOptions) -> i
             f'"{models.checkpoint}" is no local folder to save a calibration in. `hf download {models.checkpoint} '
             "--local-dir FOLDER` first and calibrate the folder, or pass --dry-run."
         )
-    loaded = load_models(models.checkpoint, models.assistant, models.dtype, models.device)
-    problems = data.problems(loaded.tokenizer)
-    weights = [weights_fingerprint(model) for model in (loaded.model, *loaded.assistants)]
-    trajectory = Trajectory(
-        ModelWriter(loaded.model, loaded.tokenizer, loaded.assistants, {}, data.max_new_tokens, data.seed),
-        problems,
-        batch_size=data.batch_size,
-        folder=Path(options.output) / "texts" if options.output else None,
-        settings=data.settings(problems) | {"weights": weights, "dtype": str(loaded.model.dtype)},
-    )
+    with closing(models.team(data)) as team:
+        return _calibrate(team, models, data, options)
+
+
+def _calibrate(team: Any, models: ModelOptions, data: DataOptions, options: CalibrateOptions) -> int:
+    from collm.calibration import calibrate_rates, save_calibration
+    from collm.evaluation.trajectory import Trajectory
+
+    problems = data.problems(team.tokenizer)
+    folder = Path(options.output) / "texts" if options.output else None
+    trajectory = Trajectory(team, problems, batch_size=data.batch_size, folder=folder, settings=data.settings(problems))
     rates = sorted({*options.rates, *([options.target_rate] if options.target_rate else [])})
     rows, runs = calibrate_rates(
-        trajectory, rates, _references(loaded, data), options.tolerance, report=lambda line: print(line, flush=True)
+        trajectory, rates, _references(team, data), options.tolerance, report=lambda line: print(line, flush=True)
     )
     print(_table(rows))
     results: dict[str, Any] = {
         "calibration": rows,
-        "runs": [{"threshold": r.threshold, "rate": r.rate} for r in runs if r.realised],
+        # A run that never defers has an infinite threshold; 1 means the same and is JSON.
+        "runs": [{"threshold": min(r.threshold, 1.0), "rate": r.rate} for r in runs if r.realised],
     }
 
-    deferral = loaded.model.config.deferral
+    deferral = team.model.config.deferral
     deferral.calibration = rows
     deferral.assistants = deferral.assistants or list(models.assistant)
     if options.target_rate:
@@ -94,7 +92,7 @@ def run(models: ModelOptions, data: DataOptions, options: CalibrateOptions) -> i
         results["by_metric"] = _by_metric(trajectory, options.metric, options.cost, problems)
         deferral.threshold = results["by_metric"]["chosen"]["threshold"]
     if options.roc:
-        results["roc"], probabilities, differs = _roc(loaded, trajectory)
+        results["roc"], probabilities, differs = _roc(models, trajectory)
         deferral.threshold = results["roc"]["youden"]["threshold"]
     results["threshold"] = deferral.threshold
     if not options.dry_run:
@@ -108,7 +106,7 @@ def run(models: ModelOptions, data: DataOptions, options: CalibrateOptions) -> i
     return 0
 
 
-def _references(loaded: Any, data: DataOptions) -> Any:
+def _references(team: Any, data: DataOptions) -> Any:
     """d_t along the reference answers, where the rows have any: a start that costs one pass."""
     from datasets import Dataset
 
@@ -118,8 +116,8 @@ def _references(loaded: Any, data: DataOptions) -> Any:
     rows = data.rows()
     if data.task is None and not {"messages", "completion"} & rows[0].keys():
         return None
-    formatted, _ = format_rows(Dataset.from_list(rows), loaded.tokenizer, data.task, chat_template=data.chat_template)
-    return reference_run(loaded.model, [(row["input_ids"], row["labels"]) for row in formatted])
+    formatted, _ = format_rows(Dataset.from_list(rows), team.tokenizer, data.task, chat_template=data.chat_template)
+    return reference_run(team.model, [(row["input_ids"], row["labels"]) for row in formatted])
 
 
 def _by_metric(trajectory: Any, name: str, cost: float, problems: list) -> dict[str, Any]:
@@ -145,18 +143,17 @@ def _by_metric(trajectory: Any, name: str, cost: float, problems: list) -> dict[
         print(f"threshold {threshold:.6g}: {name} {value['mean']:.1%} [{value['low']:.1%}, {value['high']:.1%}] "
               f"at {summary['deferral_rate']:.1%} deferred")  # fmt: skip
     chosen = dict(choose_by_metric(points, cost))
-    print(
-        f"best {name} - {cost} x rate: threshold {chosen['threshold']:.6g}, chosen on these problems: report others"
-    )
+    print(f"best {name} - {cost} x rate: threshold {chosen['threshold']:.6g}, chosen on these problems: report others")
     return {"metric": name, "cost": cost, "points": points, "chosen": chosen}
 
 
-def _roc(loaded: Any, trajectory: Any) -> tuple[dict[str, Any], list[float], list[bool]]:
+def _roc(models: ModelOptions, trajectory: Any) -> tuple[dict[str, Any], list[float], list[bool]]:
     """ROC along the text of the run whose rate is nearest to 20%."""
     import torch
 
     from collm.calibration import roc
     from collm.evaluation.likelihood import score_texts
+    from collm.evaluation.loading import load_plain
     from collm.evaluation.trajectory import texts_of
 
     def distance(generations: list) -> float:
@@ -164,7 +161,13 @@ def _roc(loaded: Any, trajectory: Any) -> tuple[dict[str, Any], list[float], lis
         return abs(sum(g.deferred for g in generations) / tokens - 0.2)
 
     generations = min(trajectory.generations.values(), key=distance)
-    scores = score_texts(loaded.model, loaded.assistants, texts_of(trajectory.problems, generations))
+    team = trajectory.team
+    assistants = (
+        team.writer.assistants
+        if models.engine == "transformers"
+        else [load_plain(name, models.dtype, models.device) for name in team.model.config.deferral.assistants]
+    )
+    scores = score_texts(team.model, assistants, texts_of(trajectory.problems, generations))
     known = torch.cat([s.differs[1] for s in scores])
     probabilities = torch.cat([s.deferral_probs for s in scores])[known].tolist()
     differs = torch.cat([s.differs[0] for s in scores])[known].tolist()

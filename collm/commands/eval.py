@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -72,69 +73,59 @@ def run(models: ModelOptions, data: DataOptions, decoding: DecodingOptions, opti
 def _task(
     models: ModelOptions, data: DataOptions, decoding: DecodingOptions, options: EvalOptions, metric_name: str
 ) -> dict[str, Any]:
-    from collm.evaluation.generations import GenerationStore, weights_fingerprint
-    from collm.evaluation.loading import num_parameters, short_name
+    from collm.evaluation.generations import GenerationStore
     from collm.evaluation.metrics import get_metric
-    from collm.evaluation.runner import ModelWriter, Writer, generate_all, summarise
+    from collm.evaluation.runner import generate_all, summarise
 
     metric = get_metric(metric_name)
     arguments = decoding.sampling() if options.alone else decoding.arguments()
-    settings: dict[str, Any] = {"checkpoint": models.checkpoint, "decoding": arguments}
-    writer: Writer
-    parameters: list[int] = []
-    if options.server:
-        from collm.data.tokenizers import load_tokenizer
-        from collm.evaluation.server import ServerWriter
-
-        tokenizer = load_tokenizer(models.checkpoint)
-        writer = ServerWriter(options.server, tokenizer, arguments, data.max_new_tokens, data.seed)
-        names = [short_name(models.checkpoint), *([*map(short_name, models.assistant)] or ["assistant"])]
-        settings["server"] = writer.model
-    else:
-        loaded, tokenizer, names = _load(models, options.alone)
-        parameters = [num_parameters(model) for model in loaded]
-        writer = ModelWriter(loaded[0], tokenizer, loaded[1:], arguments, data.max_new_tokens, data.seed)
-        settings |= {"names": names, "weights": [weights_fingerprint(model) for model in loaded]}
-        settings["dtype"] = str(loaded[0].dtype)
-        if len(loaded) > 1:
-            settings["deferral"] = {"threshold": loaded[0].config.deferral.threshold}
-            settings["deferral"]["calibration"] = loaded[0].config.deferral.calibration
-    problems = data.problems(tokenizer)
-    settings |= data.settings(problems) | {"alone": options.alone}
-    store = GenerationStore(Path(options.output) / "generations.jsonl", settings)
-    generations = generate_all(writer, problems, store, data.batch_size, f"{metric_name} x {len(problems)}")
-    results = summarise(problems, generations, metric, parameters)
+    with closing(_team(models, data, options, arguments)) as team:
+        problems = data.problems(team.tokenizer)
+        settings = {"checkpoint": models.checkpoint, "decoding": arguments, "names": team.names, "alone": options.alone}
+        settings |= data.settings(problems) | team.identity
+        store = GenerationStore(Path(options.output) / "generations.jsonl", settings)
+        generations = generate_all(team.writer, problems, store, data.batch_size, f"{metric_name} x {len(problems)}")
+        results = summarise(problems, generations, metric, team.parameters)
     _print_table(results)
     if options.examples:
-        _write_report(Path(options.output) / "report.html", problems, generations, results, names, tokenizer, options)
+        _write_report(Path(options.output) / "report.html", problems, generations, results, team, options)
     return {**results, "metric": metric_name, "settings": settings}
 
 
-def _load(models: ModelOptions, alone: str | None) -> tuple[list[Any], Any, list[str]]:
+def _team(models: ModelOptions, data: DataOptions, options: EvalOptions, arguments: dict[str, Any]) -> Any:
+    """Whoever writes, its options set. In transformers, a model that writes alone is loaded alone."""
     from collm.data.tokenizers import load_tokenizer
     from collm.errors import ConfigurationError
-    from collm.evaluation.loading import load_models, load_plain, short_name, tokenizer_of
+    from collm.evaluation.generations import weights_fingerprint
+    from collm.evaluation.loading import Team, load_base, load_plain, num_parameters, short_name, tokenizer_of
+    from collm.evaluation.runner import ModelWriter
 
-    if alone == "assistant":
-        if not models.assistant:
-            raise ConfigurationError("--alone assistant needs --assistant NAME")
-        name = models.assistant[0]
-        return [load_plain(name, models.dtype, models.device)], load_tokenizer(name), [short_name(name)]
-    if alone == "base":
-        model = load_base(models)
-        return [model], tokenizer_of(models.checkpoint, model), [short_name(models.checkpoint)]
-    loaded = load_models(models.checkpoint, models.assistant, models.dtype, models.device)
-    return [loaded.model, *loaded.assistants], loaded.tokenizer, loaded.names
+    if options.server:
+        from collm.evaluation.server import ServerWriter
 
-
-def load_base(models: ModelOptions) -> Any:
-    """The base of a checkpoint of any kind (head-only and LoRA ones included)."""
-    import torch
-
-    from collm import CoLLMForCausalLM
-
-    device = models.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return CoLLMForCausalLM.from_pretrained(models.checkpoint, dtype=models.dtype).to(device).eval()
+        tokenizer = load_tokenizer(models.checkpoint)
+        written: Any = ServerWriter(options.server, tokenizer, arguments, data.max_new_tokens, data.seed)
+        names = [short_name(name) for name in (models.checkpoint, *models.assistant)]
+        return Team(None, tokenizer, names, written, [], [], {"server": written.model})
+    if options.alone == "assistant" and not models.assistant:
+        raise ConfigurationError("--alone assistant needs --assistant NAME")
+    if options.alone and models.engine == "transformers":
+        base = options.alone == "base"
+        name = models.checkpoint if base else models.assistant[0]
+        model = (load_base if base else load_plain)(name, models.dtype, models.device)
+        tokenizer = tokenizer_of(name, model) if base else load_tokenizer(name)
+        writer = ModelWriter(model, tokenizer, (), arguments, data.max_new_tokens, data.seed)
+        identity = {"weights": [weights_fingerprint(model)], "dtype": str(model.dtype)}
+        return Team(model, tokenizer, [short_name(name)], writer, [writer], [num_parameters(model)], identity)
+    team = models.team(data)
+    if options.alone:
+        k = ("base", "assistant").index(options.alone)
+        team.writer, team.names, team.parameters = team.alone[k], team.names[k : k + 1], team.parameters[k : k + 1]
+    else:
+        deferral = team.model.config.deferral
+        team.identity["deferral"] = {"threshold": deferral.threshold, "calibration": deferral.calibration}
+    team.writer = dataclasses.replace(team.writer, options=arguments)
+    return team
 
 
 def _perplexity(models: ModelOptions, data: DataOptions) -> dict[str, Any]:
@@ -163,13 +154,12 @@ def _perplexity(models: ModelOptions, data: DataOptions) -> dict[str, Any]:
 def _mt_bench(
     models: ModelOptions, data: DataOptions, decoding: DecodingOptions, options: EvalOptions
 ) -> dict[str, Any]:
-    from collm.evaluation.generations import weights_fingerprint
     from collm.evaluation.mt_bench import answer_questions
 
-    loaded, tokenizer, names = _load(models, options.alone)
     arguments = {} if options.alone else decoding.arguments()
-    settings = {"weights": [weights_fingerprint(model) for model in loaded], "names": names, "decoding": arguments}
-    path = answer_questions(data, loaded[0], loaded[1:], tokenizer, arguments, Path(options.output), settings)
+    with closing(_team(models, data, options, arguments)) as team:
+        settings = {**team.identity, "names": team.names, "decoding": arguments}
+        path = answer_questions(data, team.writer, team.tokenizer, Path(options.output), settings)
     print(f"answers for FastChat's judge: {path}")
     return {"answers": str(path), "questions": len(data.rows()), "settings": settings}
 
@@ -186,15 +176,14 @@ def _print_table(results: dict[str, Any]) -> None:
 
 
 def _write_report(
-    path: Path, problems: list, generations: list, results: dict[str, Any], names: list[str], tokenizer: Any,
-    options: EvalOptions,
-) -> None:  # fmt: skip
+    path: Path, problems: list, generations: list, results: dict[str, Any], team: Any, options: EvalOptions
+) -> None:
     from collm.reporting import DeferralStatistics, TokenView, table, token_view, write_page
     from collm.reporting.html import heading, paragraph
 
     views = [
         TokenView.from_ids(
-            tokenizer, g.token_ids, g.source, g.deferral_probs or None, names=names, title=f"Problem {p.id}",
+            team.tokenizer, g.token_ids, g.source, g.deferral_probs or None, names=team.names, title=f"Problem {p.id}",
             prompt=p.prompt, note=_verdict(record),
         )
         for p, g, record in zip(problems, generations, results["records"], strict=True)
@@ -210,7 +199,7 @@ def _write_report(
     ]
     counts = {key: results[key] for key in ("problems", "truncated", "unparsable", "tokens")}
     parts = [table(rows), table([{**counts, "deferred": f"{results['deferral_rate']:.1%}"}])]
-    if len(names) > 1:
+    if len(team.names) > 1:
         statistics = DeferralStatistics.of(views)
         parts += [heading("Which tokens are deferred"), table(statistics.kind_rows(), "by kind")]
         parts += [
@@ -218,7 +207,7 @@ def _write_report(
             table(statistics.position_rows(), "by position"),
         ]
     parts += [heading("Texts"), paragraph(f"The first {min(len(views), options.examples)} of {len(views)}.")]
-    write_page(path, " + ".join(names), *parts, *(token_view(view) for view in views[: options.examples]))
+    write_page(path, " + ".join(team.names), *parts, *(token_view(view) for view in views[: options.examples]))
 
 
 def _interval(value: dict[str, Any]) -> str:

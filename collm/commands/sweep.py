@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,10 +53,7 @@ Arguments = (ModelOptions, DataOptions, SweepOptions)
 def run(models: ModelOptions, data: DataOptions, options: SweepOptions) -> int:
     """Measure, write the files; the last line on standard output is one JSON object."""
     from collm.errors import ConfigurationError
-    from collm.evaluation.generations import weights_fingerprint
-    from collm.evaluation.loading import load_models, load_plain, num_parameters
-    from collm.evaluation.metrics import get_metric
-    from collm.evaluation.sweep import METHODS, Sweep, add_comparisons
+    from collm.evaluation.sweep import METHODS
 
     metric = options.metric or data.default_metric()
     if metric is None:
@@ -63,24 +61,30 @@ def run(models: ModelOptions, data: DataOptions, options: SweepOptions) -> int:
     for method in options.methods:
         if method not in METHODS:
             raise ConfigurationError(f'there is no method "{method}"; there are {", ".join(METHODS)}')
-    loaded = load_models(models.checkpoint, models.assistant, models.dtype, models.device)
-    problems = data.problems(loaded.tokenizer)
+    with closing(models.team(data)) as team:
+        return _sweep(team, models, data, options, metric)
+
+
+def _sweep(team: Any, models: ModelOptions, data: DataOptions, options: SweepOptions, metric: str) -> int:
+    from collm.errors import ConfigurationError
+    from collm.evaluation.loading import load_plain, num_parameters
+    from collm.evaluation.metrics import get_metric
+    from collm.evaluation.runner import ModelWriter
+    from collm.evaluation.sweep import Sweep, add_comparisons
+
+    problems = data.problems(team.tokenizer)
     if len(problems) <= options.calibration_problems:
         raise ConfigurationError(
             f"{len(problems)} problems, and {options.calibration_problems} of them calibrate: none is left to report"
         )
-    weights = [weights_fingerprint(model) for model in (loaded.model, *loaded.assistants)]
-    settings = data.settings(problems) | {"weights": weights, "dtype": str(loaded.model.dtype)}
     sweep = Sweep(
-        loaded,
+        team,
         problems[options.calibration_problems :],
         problems[: options.calibration_problems],
         get_metric(metric),
         Path(options.output) / "texts",
-        settings,
-        data.max_new_tokens,
+        data.settings(problems),
         data.batch_size,
-        data.seed,
         load_plain(options.untuned, models.dtype, models.device) if options.untuned else None,
     )
     points: list[dict[str, Any]] = []
@@ -89,9 +93,10 @@ def run(models: ModelOptions, data: DataOptions, options: SweepOptions) -> int:
         _save(options, models, data, metric, points)
     if options.fine_tuned:
         tuned = load_plain(options.fine_tuned, models.dtype, models.device)
-        points.append(sweep.alone("fine-tuned base", tuned, num_parameters(tuned)))
+        writer = ModelWriter(tuned, team.tokenizer, (), {}, data.max_new_tokens, data.seed)
+        points.append(sweep.alone("fine-tuned base", writer, num_parameters(tuned)))
     if options.weak_supervision:
-        points += _weak_supervision(sweep, models, options)
+        points += _weak_supervision(sweep, models, data, options)
     add_comparisons(points)
     results = _save(options, models, data, metric, points)
     _print(points)
@@ -102,19 +107,15 @@ def run(models: ModelOptions, data: DataOptions, options: SweepOptions) -> int:
     return 0
 
 
-def _weak_supervision(sweep: Any, models: ModelOptions, options: SweepOptions) -> list[dict[str, Any]]:
+def _weak_supervision(
+    sweep: Any, models: ModelOptions, data: DataOptions, options: SweepOptions
+) -> list[dict[str, Any]]:
     import dataclasses
 
-    from collm.evaluation.generations import weights_fingerprint
-    from collm.evaluation.loading import load_models
-
     assert options.weak_supervision is not None
-    other = load_models(options.weak_supervision, models.assistant, models.dtype, models.device)
-    weights = [weights_fingerprint(model) for model in (other.model, *other.assistants)]
-    second = dataclasses.replace(
-        sweep, models=other, settings={**sweep.settings, "weights": weights}, prefix="weak supervision: "
-    )
-    points = second.points("learned", options.rates)
+    with closing(dataclasses.replace(models, checkpoint=options.weak_supervision).team(data)) as other:
+        second = dataclasses.replace(sweep, team=other, prefix="weak supervision: ")
+        points = second.points("learned", options.rates)
     sweep.texts.update(second.texts)
     return [{**point, "method": "weak supervision"} for point in points]
 
@@ -206,7 +207,7 @@ def _write_report(folder: Path, results: dict[str, Any], sweep: Any, options: Sw
         if point["method"] == "learned" and point["texts"] in sweep.texts:
             views = [
                 TokenView.from_ids(
-                    sweep.models.tokenizer, g.token_ids, g.source, g.deferral_probs, names=sweep.models.names,
+                    sweep.team.tokenizer, g.token_ids, g.source, g.deferral_probs, names=sweep.team.names,
                     title=f"Problem {p.id}", prompt=p.prompt, note=f"{results['metric']}: {score:.3g}",
                 )
                 for p, g, score in zip(sweep.problems, sweep.texts[point["texts"]], point["scores"], strict=True)
@@ -217,4 +218,4 @@ def _write_report(folder: Path, results: dict[str, Any], sweep: Any, options: Sw
                 table(statistics.kind_rows(), "Which tokens are deferred"),
                 *(token_view(view) for view in views[: options.examples]),
             ]
-    write_page(folder / "sweep.html", f"{sweep.models.names[0]} with {', '.join(sweep.models.names[1:])}", *parts)
+    write_page(folder / "sweep.html", f"{sweep.team.names[0]} with {', '.join(sweep.team.names[1:])}", *parts)

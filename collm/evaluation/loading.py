@@ -1,8 +1,9 @@
-"""A deferral checkpoint and its assistants, loaded and checked for one tokenizer."""
+"""A deferral checkpoint and its assistants: loaded, checked for one tokenizer, and ready to write."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,6 +11,8 @@ import torch
 
 from collm.data.tokenizers import check_same_tokenizer, load_tokenizer
 from collm.errors import AssistantError, CheckpointError, ConfigurationError
+from collm.evaluation.generations import files_fingerprint, weights_fingerprint
+from collm.evaluation.runner import ModelWriter, Writer
 
 
 class Models(NamedTuple):
@@ -21,11 +24,115 @@ class Models(NamedTuple):
     names: list[str]
 
 
+@dataclass
+class Team:
+    """
+    Everything that writes in an evaluation, whatever it runs on.
+
+    Args:
+        model ([`CoLLMForCausalLM`]): the base with its head, in transformers: for scores along texts.
+        tokenizer (`PreTrainedTokenizerBase`): the base's.
+        names (`list[str]`): of base and assistants, for reports.
+        writer (a writer with `options`): base and assistants together; `dataclasses.replace` gives it other options.
+        alone (`list[Writer]`): base and each assistant by themselves.
+        parameters (`list[int]`): parameters of base and assistants.
+        identity (`dict`): what its texts depend on, for [`GenerationStore`].
+    """
+
+    model: Any
+    tokenizer: Any
+    names: list[str]
+    writer: Any
+    alone: list[Writer]
+    parameters: list[int]
+    identity: dict[str, Any] = field(default_factory=dict)
+
+    def close(self) -> None:
+        """Ends engines that were started for it."""
+        if not isinstance(self.writer, ModelWriter):
+            self.writer.close()
+
+
+def load_team(
+    checkpoint: str,
+    assistants: Sequence[str],
+    dtype: str = "auto",
+    device: str | None = None,
+    engine: str = "transformers",
+    engine_args: str = "{}",
+    assistant_engine_args: str = "{}",
+    max_new_tokens: int = 512,
+    seed: int = 0,
+) -> Team:
+    """
+    Loads base and assistants for `engine`.
+
+    Args:
+        checkpoint, assistants, dtype, device: as for [`load_models`].
+        engine (`str`, *optional*, defaults to `"transformers"`): "transformers" (`generate`), "vllm", or "sessions"
+        (the
+            serving engine over transformers).
+        engine_args, assistant_engine_args (`str`, *optional*): JSON for the engines, as in `collm serve`.
+        max_new_tokens, seed: of the writers.
+
+    Raises:
+        As [`load_models`], and whatever `collm serve` raises for its engines.
+    """
+    if engine == "transformers":
+        models = load_models(checkpoint, assistants, dtype, device)
+        everyone = [models.model, *models.assistants]
+        return Team(
+            models.model,
+            models.tokenizer,
+            models.names,
+            ModelWriter(models.model, models.tokenizer, models.assistants, {}, max_new_tokens, seed),
+            [ModelWriter(model, models.tokenizer, (), {}, max_new_tokens, seed) for model in everyone],
+            [num_parameters(model) for model in everyone],
+            {"weights": [weights_fingerprint(model) for model in everyone], "dtype": str(models.model.dtype)},
+        )
+
+    from collm.commands import serve
+    from collm.evaluation.engines import EngineWriter
+
+    kind = {"vllm": "vllm", "sessions": "transformers"}[engine]
+    model = load_base(checkpoint, dtype, device)
+    names = [name for name in assistants if name] or list(model.config.deferral.assistants)
+    service = serve.build_service(
+        serve.Arguments(
+            checkpoint,
+            names,
+            kind,  # type: ignore[arg-type]
+            dtype=dtype,
+            engine_args=engine_args,
+            assistant_engine_args=assistant_engine_args,
+        )
+    )
+    common: dict[str, Any] = {
+        "tokenizer": service.tokenizer,
+        "eos_ids": service.eos_ids,
+        "deferral": model.config.deferral,
+        "max_new_tokens": max_new_tokens,
+        "seed": seed,
+    }
+    writer = EngineWriter(service.base, service.assistants, **common)
+    alone = [EngineWriter(one, (), **common, loop=writer.loop) for one in (service.base, *service.assistants)]
+    weights = [weights_fingerprint(model), *(files_fingerprint(name) for name in names)]
+    return Team(
+        model,
+        service.tokenizer,
+        [short_name(name) for name in (checkpoint, *names)],
+        writer,
+        [*alone],
+        [num_parameters(model), *(parameters_of(name) for name in names)],
+        {"weights": weights, "dtype": dtype, "engine": engine},
+    )
+
+
 def load_models(
     checkpoint: str, assistants: Sequence[str] = (), dtype: str = "auto", device: str | None = None
 ) -> Models:
     """
-    Loads a deferral checkpoint and its assistants, ready to generate.
+    Loads a deferral checkpoint and its assistants in transformers, ready to generate.
 
     Args:
         checkpoint (`str`): folder or Hub name; a plain causal language model gets a new head.
@@ -38,10 +145,7 @@ def load_models(
         share a vocabulary.
         [`ConfigurationError`]: the number of assistants is not the head's.
     """
-    from collm import CoLLMForCausalLM
-
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model = CoLLMForCausalLM.from_pretrained(checkpoint, dtype=dtype).to(device).eval()
+    model = load_base(checkpoint, dtype, device)
     names = [name for name in assistants if name] or list(model.config.deferral.assistants)
     count = model.config.deferral.num_assistants
     if len(names) != count:
@@ -57,6 +161,27 @@ def load_models(
     return Models(model, loaded, tokenizer, [short_name(name) for name in (checkpoint, *names)])
 
 
+def load_base(checkpoint: str, dtype: str = "auto", device: str | None = None) -> Any:
+    """The base of a checkpoint of any kind (full, head-only, LoRA) with its head, ready to generate."""
+    from collm import CoLLMForCausalLM
+
+    return CoLLMForCausalLM.from_pretrained(checkpoint, dtype=dtype).to(device or _default_device()).eval()
+
+
+def load_plain(name: str, dtype: str = "auto", device: str | None = None) -> Any:
+    """A causal language model of transformers, ready to generate.
+
+    Raises:
+        [`AssistantError`]: it cannot be loaded.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(device or _default_device()).eval()
+    except (OSError, ValueError) as error:
+        raise AssistantError(f'the model "{name}" cannot be loaded: {error}') from error
+
+
 def tokenizer_of(checkpoint: str, model: Any) -> Any:
     """The checkpoint's tokenizer; that of its base for a head-only checkpoint without one."""
     files = ("tokenizer.json", "tokenizer_config.json")
@@ -69,21 +194,6 @@ def tokenizer_of(checkpoint: str, model: Any) -> Any:
     return load_tokenizer(checkpoint)
 
 
-def load_plain(name: str, dtype: str = "auto", device: str | None = None) -> Any:
-    """A causal language model of transformers, ready to generate.
-
-    Raises:
-        [`AssistantError`]: it cannot be loaded.
-    """
-    from transformers import AutoModelForCausalLM
-
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(device).eval()
-    except (OSError, ValueError) as error:
-        raise AssistantError(f'the model "{name}" cannot be loaded: {error}') from error
-
-
 def short_name(name: str) -> str:
     """The last part of a path or Hub name, as reports show it."""
     return Path(name).name or name
@@ -92,3 +202,15 @@ def short_name(name: str) -> str:
 def num_parameters(model: Any) -> int:
     """Parameters of a model, tied ones once."""
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def parameters_of(name: str) -> int:
+    """Parameters of a model that is not loaded here, by its config."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return num_parameters(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name)))
+
+
+def _default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +19,15 @@ from collm.data.chat import Chat, encode, message
 from collm.errors import DataFormatError
 from collm.evaluation.generations import GenerationStore
 from collm.evaluation.options import DataOptions
-from collm.evaluation.runner import ModelWriter, Problem, generate_all
+from collm.evaluation.runner import Problem, generate_all
 
 TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}  # all others are greedy
 
 
 def answer_questions(
     data: DataOptions,
-    model: Any,
-    assistants: Sequence[Any],
+    writer: Any,
     tokenizer: Any,
-    options: Mapping[str, Any],
     folder: Path,
     settings: Mapping[str, Any],
 ) -> Path:
@@ -37,8 +36,8 @@ def answer_questions(
 
     Args:
         data ([`DataOptions`]): `data` names the questions.
-        model, assistants, tokenizer: as for [`ModelWriter`].
-        options (mapping): arguments of `generate`; sampling is set by category.
+        writer (a writer with `options`): sampling is set by category.
+        tokenizer (`PreTrainedTokenizerBase`): the base's.
         folder (`Path`): for the texts of each turn and for `model_answer`.
         settings (mapping): what the texts depend on.
 
@@ -66,16 +65,14 @@ def answer_questions(
             )
             for i in open_rows
         ]
-        answers = {}
+        answers: dict[int, str] = {}
         for temperature in sorted({_temperature(p.row) for p in problems}):
             sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
-            writer = ModelWriter(
-                model, tokenizer, assistants, {**options, **sampling}, data.max_new_tokens, data.seed + 1000 * turn
-            )
+            turn_writer = replace(writer, options={**writer.options, **sampling}, seed=data.seed + 1000 * turn)
             group = [p for p in problems if _temperature(p.row) == temperature]
             told = {**settings, **data.settings(group), "turn": turn, "temperature": temperature}
             store = GenerationStore(folder / f"turn{turn + 1}-temperature{temperature:g}.jsonl", told)
-            generated = generate_all(writer, group, store, data.batch_size, f"turn {turn + 1} at {temperature:g}")
+            generated = generate_all(turn_writer, group, store, data.batch_size, f"turn {turn + 1} at {temperature:g}")
             answers |= {generation.id: generation.text.strip() for generation in generated}
         for i in open_rows:
             conversations[i].append(message("assistant", answers[i]))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from collm.data.reading import read_rows
 from collm.data.tasks import TASKS
 from collm.errors import ConfigurationError
 from collm.evaluation.generations import data_fingerprint
+from collm.evaluation.loading import Team, load_team
 from collm.evaluation.runner import Problem, make_problems
 
 
@@ -79,6 +80,25 @@ class ModelOptions:
     )
     dtype: str = field(default="auto", metadata={"help": "auto (as saved), float32, bfloat16 or float16"})
     device: str | None = field(default=None, metadata={"help": "default: a GPU where there is one"})
+    engine: Literal["transformers", "vllm", "sessions"] = field(
+        default="transformers", metadata={"help": "what writes: generate(), or the engines of `collm serve`"}
+    )
+    engine_args: str = field(default="{}", metadata={"help": "JSON for the base's engine, as in `collm serve`"})
+    assistant_engine_args: str = field(default="{}", metadata={"help": "JSON for the assistants' engines"})
+
+    def team(self, data: DataOptions) -> Team:
+        """Base and assistants, ready to write."""
+        return load_team(
+            self.checkpoint,
+            self.assistant,
+            self.dtype,
+            self.device,
+            self.engine,
+            self.engine_args,
+            self.assistant_engine_args,
+            data.max_new_tokens,
+            data.seed,
+        )
 
 
 @dataclass

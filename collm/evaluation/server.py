@@ -45,6 +45,10 @@ class ServerWriter:
         self._client = httpx.Client(base_url=root if root.endswith("/v1") else f"{root}/v1", timeout=self.timeout)
         self.model = self._request("GET", "/models")["data"][0]["id"]
 
+    def close(self) -> None:
+        """Ends the connections."""
+        self._client.close()
+
     def __call__(self, problems: list[Problem]) -> list[Generation]:
         started = time.perf_counter()
         with ThreadPoolExecutor(len(problems)) as pool:

@@ -20,7 +20,7 @@ first choices along that text, and no router could know them without asking.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +31,9 @@ from collm.configuration import DeferralConfig
 from collm.errors import CalibrationError, ConfigurationError, did_you_mean
 from collm.evaluation.generations import Generation, GenerationStore
 from collm.evaluation.intervals import paired_bootstrap
-from collm.evaluation.loading import Models, num_parameters
+from collm.evaluation.loading import Team
 from collm.evaluation.metrics import Metric
-from collm.evaluation.runner import ModelWriter, Problem, generate_all, headline_scores, summarise
+from collm.evaluation.runner import Problem, Writer, generate_all, headline_scores, summarise
 from collm.evaluation.trajectory import Trajectory, texts_of
 
 AT_A_RATE = ("learned", "random", "entropy", "top_probability", "margin", "ema", "scheduled")
@@ -50,25 +50,23 @@ class Sweep:
     Measures points of one deferral checkpoint; everything that was generated is kept in `folder` and used again.
 
     Args:
-        models ([`Models`]): base with head, assistants, tokenizer.
+        team ([`Team`]): base with head, assistants, tokenizer.
         problems (sequence of [`Problem`]): those that are reported.
         calibration (sequence of [`Problem`]): others, on which thresholds are found.
         metric (`Metric`): its headline is the quality.
         folder (`Path`): for the texts.
         settings (mapping): what the texts depend on.
-        max_new_tokens, batch_size: as in `collm eval`.
+        batch_size: as in `collm eval`.
         untuned (`PreTrainedModel`, *optional*): the base before tuning, for proxy tuning.
     """
 
-    models: Models
+    team: Team
     problems: Sequence[Problem]
     calibration: Sequence[Problem]
     metric: Metric
     folder: Path
     settings: Mapping[str, Any]
-    max_new_tokens: int = 512
     batch_size: int = 8
-    seed: int = 0
     untuned: Any = None
     prefix: str = ""  # of file names and method names, for a second checkpoint
     texts: dict[str, list[Generation]] = field(default_factory=dict, init=False)
@@ -85,13 +83,13 @@ class Sweep:
                 f'There is no method "{method}"; there are {", ".join(METHODS)}.{did_you_mean(method, METHODS)}'
             )
         if method == "base":
-            return [self.alone("base", self.models.model, num_parameters(self.models.model))]
+            return [self.alone("base", self.team.alone[0], self.team.parameters[0])]
         if method == "assistant":
-            count = len(self.models.assistants)
-            names = [f"assistant {k + 1}" if count > 1 else "assistant" for k in range(count)]
             return [
-                self.alone(name, model, num_parameters(model), rate=1.0)
-                for name, model in zip(names, self.models.assistants, strict=True)
+                self.alone(name, writer, parameters, rate=1.0)
+                for name, writer, parameters in zip(
+                    self._assistants(), self.team.alone[1:], self.team.parameters[1:], strict=True
+                )
             ]
         if method == "oracle":
             return [self.oracle()]
@@ -112,24 +110,20 @@ class Sweep:
 
     def point(self, method: str, options: dict[str, Any], asked: float | None = None) -> dict[str, Any]:
         """One collaborative run over the reported problems."""
-        writer = ModelWriter(
-            self.models.model, self.models.tokenizer, self.models.assistants, options, self.max_new_tokens, self.seed
-        )
-        parameters = [num_parameters(model) for model in (self.models.model, *self.models.assistants)]
-        return self._measure(method, writer, options, parameters, asked)
+        writer = replace(self.team.writer, options={**self.team.writer.options, **options})
+        return self._measure(method, writer, options, self.team.parameters, asked)
 
-    def alone(self, method: str, model: Any, parameters: int, rate: float | None = None) -> dict[str, Any]:
+    def alone(self, method: str, writer: Writer, parameters: int, rate: float | None = None) -> dict[str, Any]:
         """One model by itself; `rate` is where it stands on the axis of deferral rates."""
-        writer = ModelWriter(model, self.models.tokenizer, (), {}, self.max_new_tokens, self.seed)
         point = self._measure(method, writer, {"alone": method}, [parameters], None)
         return point if rate is None else {**point, "rate": rate}
 
     def oracle(self) -> dict[str, Any]:
         """The assistant's text, and the share of its tokens that the base would not have chosen; see the module."""
-        name = "assistant" if len(self.models.assistants) == 1 else "assistant 1"
-        whole = self.alone(name, self.models.assistants[0], num_parameters(self.models.assistants[0]))
+        name = self._assistants()[0]
+        whole = self.alone(name, self.team.alone[1], self.team.parameters[1])
         differ = total = 0
-        model = self.models.model
+        model = self.team.model
         with torch.inference_mode():
             for ids, labels in texts_of(self.problems, self.texts[self.prefix + name]):
                 correct = model.score_targets(
@@ -138,16 +132,13 @@ class Sweep:
                 differ += int((~correct).sum())
                 total += len(correct)
         rate = differ / total
-        active = num_parameters(model) + rate * num_parameters(self.models.assistants[0])
+        active = self.team.parameters[0] + rate * self.team.parameters[1]
         return {**whole, "method": "oracle", "rate": rate, "active_parameters": active, "seconds_per_token": None}
 
     def trajectory(self, router: str) -> Trajectory:
         """Runs of a router on the calibration problems."""
-        writer = ModelWriter(
-            self.models.model, self.models.tokenizer, self.models.assistants, {}, self.max_new_tokens, self.seed
-        )
         folder = self.folder / f"{self.prefix}calibration"
-        return Trajectory(writer, self.calibration, {"name": router}, self.batch_size, folder, self.settings)
+        return Trajectory(self.team, self.calibration, {"name": router}, self.batch_size, folder, self.settings)
 
     def thresholds(self, trajectory: Trajectory, rates: Sequence[float]) -> dict[float, float]:
         """Asked rate to threshold: from the checkpoint's table where it covers them, else measured now.
@@ -155,7 +146,7 @@ class Sweep:
         Raises:
             [`ConfigurationError`]: there are no calibration problems to measure on.
         """
-        deferral: DeferralConfig = self.models.model.config.deferral
+        deferral: DeferralConfig = self.team.model.config.deferral
         if trajectory.router["name"] == "learned":
             try:
                 return {rate: deferral.threshold_for_rate(rate) for rate in rates}
@@ -171,13 +162,17 @@ class Sweep:
         reached = [row["rate"] for row in rows]
         return {rate: table.threshold_for_rate(min(max(rate, reached[0]), reached[-1])) for rate in rates}
 
+    def _assistants(self) -> list[str]:
+        count = len(self.team.alone) - 1
+        return [f"assistant {k + 1}" if count > 1 else "assistant" for k in range(count)]
+
     def _measure(
-        self, method: str, writer: ModelWriter, options: dict[str, Any], parameters: list[int], asked: float | None
+        self, method: str, writer: Writer, options: dict[str, Any], parameters: Sequence[int], asked: float | None
     ) -> dict[str, Any]:
         name = self.prefix + method + (f" {asked:.3g}" if asked is not None else "")
         told = {key: value if isinstance(value, str | float) else _plain(value) for key, value in options.items()}
         path = self.folder / f"{name.replace(' ', '-')}.jsonl"
-        store = GenerationStore(path, {**self.settings, "decoding": told})
+        store = GenerationStore(path, {**self.team.identity, **self.settings, "decoding": told})
         generations = generate_all(writer, self.problems, store, self.batch_size, name)
         self.texts[name] = generations
         summary = summarise(self.problems, generations, self.metric, parameters)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,8 @@ import numpy as np
 from collm.calibration import Run
 from collm.evaluation.generations import Generation, GenerationStore
 from collm.evaluation.likelihood import base_uncertainty, router_scores
-from collm.evaluation.runner import ModelWriter, Problem, generate_all
+from collm.evaluation.loading import Team
+from collm.evaluation.runner import Problem, generate_all
 
 CUT_ROUTERS = {"entropy": 1, "top_probability": -1, "margin": -1}  # name -> sign between its cut and our threshold
 
@@ -24,16 +25,15 @@ class Trajectory:
     [`~collm.calibration.calibrate_rates`]; texts are kept, by threshold, in `generations`.
 
     Args:
-        writer ([`ModelWriter`]): base, assistants and everything that does not change between runs; its options say
-        nothing
-            of router and threshold.
+        team ([`Team`]): base and assistants.
         problems (sequence of [`Problem`]): on which to calibrate.
         router (mapping, *optional*, defaults to `{"name": "learned"}`): the router and its parameters, without a cut.
+        batch_size (`int`, *optional*, defaults to 8): texts written at once.
         folder (`Path`, *optional*): where each run is kept as JSON lines, so that a killed calibration goes on.
-        settings (mapping, *optional*): what the texts depend on, for the store.
+        settings (mapping, *optional*): what the texts depend on besides the models, for the store.
     """
 
-    writer: ModelWriter
+    team: Team
     problems: Sequence[Problem]
     router: Mapping[str, Any] = field(default_factory=lambda: {"name": "learned"})
     batch_size: int = 8
@@ -51,19 +51,13 @@ class Trajectory:
         return {"router": dict(self.router), "threshold": threshold}
 
     def __call__(self, threshold: float) -> Run:
-        options = self.options(threshold)
-        writer = ModelWriter(
-            self.writer.model,
-            self.writer.tokenizer,
-            self.writer.assistants,
-            {**self.writer.options, **options},
-            self.writer.max_new_tokens,
-            self.writer.seed,
-        )
+        options = {**self.team.writer.options, **self.options(threshold)}
         path = self.folder / f"{self.router['name']}-{threshold:.9g}.jsonl" if self.folder else None
-        store = GenerationStore(path, {**self.settings, "decoding": {**self.writer.options, **options}})
+        store = GenerationStore(path, {**self.team.identity, **self.settings, "decoding": options})
         shown = f"{self.router['name']} at {threshold:.4g}"
-        generations = generate_all(writer, self.problems, store, self.batch_size, shown)
+        generations = generate_all(
+            replace(self.team.writer, options=options), self.problems, store, self.batch_size, shown
+        )
         self.generations[threshold] = generations
         scores = self.scores(generations)
         return Run(threshold, scores, asked=[generation.deferred for generation in generations])
@@ -74,7 +68,7 @@ class Trajectory:
         probabilities = [np.array(g.deferral_probs, dtype=np.float64) for g in generations]
         uncertainties: Sequence[dict[str, np.ndarray] | None] = [None] * len(generations)
         if name in CUT_ROUTERS:
-            uncertainties = base_uncertainty(self.writer.model, texts_of(self.problems, generations))
+            uncertainties = base_uncertainty(self.team.model, texts_of(self.problems, generations))
         return [
             router_scores(name, d, uncertainty, **parameters)
             for d, uncertainty in zip(probabilities, uncertainties, strict=True)

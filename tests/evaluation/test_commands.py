@@ -162,3 +162,34 @@ def test_head_only_checkpoints_take_the_tokenizer_of_their_base(folder, tmp_path
     loaded = load_models(str(tmp_path / "head"), [str(folder / "big")])
     assert loaded.tokenizer.get_vocab() == tiny_tokenizer().get_vocab()
     assert torch.equal(loaded.model.deferral_head.weight, model.deferral_head.weight)
+
+
+def texts_of(folder) -> list[tuple]:
+    lines = (folder / "generations.jsonl").read_text().splitlines()[1:]
+    rows = sorted(map(json.loads, lines), key=lambda row: row["id"])
+    return [(row["token_ids"], row["source"], row["truncated"]) for row in rows]
+
+
+@pytest.mark.parametrize(
+    "options", [["--threshold", "0.5"], ["--router", "entropy:cut=1.0"], ["--alone", "base"], ["--alone", "assistant"]]
+)
+def test_engines_write_what_generate_writes(folder, tmp_path, capsys, options):
+    for engine in ("transformers", "sessions"):
+        where = ["--engine", engine, "--limit", "6", "--output", str(tmp_path / engine)]
+        assert run(folder, "eval", *options, *where, "--dtype", "float32") == 0
+    assert texts_of(tmp_path / "transformers") == texts_of(tmp_path / "sessions")
+
+
+def test_calibration_through_engines(folder, tmp_path, capsys):
+    results = []
+    for engine in ("transformers", "sessions"):
+        assert run(folder, "calibrate", "--rates", "0.3", "--limit", "6", "--dry-run", "--engine", engine) == 0
+        results.append(last_json(capsys))
+    assert results[0]["threshold"] == results[1]["threshold"]
+    assert list(results[0]["rates"].values()) == pytest.approx(list(results[1]["rates"].values()), abs=1e-3)
+
+
+def test_engines_refuse_combiners(folder, tmp_path, capsys):
+    options = ["--combiner", "mixture", "--engine", "sessions", "--output", str(tmp_path)]
+    assert run(folder, "eval", *options) == 2
+    assert "whole distributions" in capsys.readouterr().err

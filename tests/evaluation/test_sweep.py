@@ -8,9 +8,9 @@ from conftest import save_plain, tiny_collm, tiny_model, tiny_tokenizer
 
 from collm.cli import main
 from collm.errors import ConfigurationError
-from collm.evaluation.loading import Models
+from collm.evaluation.loading import Team, num_parameters
 from collm.evaluation.metrics import Score
-from collm.evaluation.runner import make_problems
+from collm.evaluation.runner import ModelWriter, make_problems
 from collm.evaluation.sweep import DEFAULT_METHODS, Sweep, add_comparisons
 
 
@@ -25,10 +25,12 @@ def sweep(tmp_path):
     model.deferral_head.weight.data.mul_(0.3)
     tokenizer = tiny_tokenizer()
     problems = make_problems([{"prompt": f"w{i} {i % 10} ="} for i in range(40)], tokenizer)
-    models = Models(model, [tiny_model(seed=5)], tokenizer, ["small", "big"])
-    return Sweep(
-        models, problems[20:], problems[:20], parity_of_the_text, tmp_path, {}, max_new_tokens=24, batch_size=20
-    )
+    assistant = tiny_model(seed=5)
+    alone = [ModelWriter(one, tokenizer, max_new_tokens=24) for one in (model, assistant)]
+    together = ModelWriter(model, tokenizer, [assistant], max_new_tokens=24)
+    parameters = [num_parameters(model), num_parameters(assistant)]
+    team = Team(model, tokenizer, ["small", "big"], together, alone, parameters)
+    return Sweep(team, problems[20:], problems[:20], parity_of_the_text, tmp_path, {}, batch_size=20)
 
 
 def test_points_have_the_rate_that_was_asked_and_every_control_its_own(sweep):
@@ -53,7 +55,7 @@ def test_the_oracle_writes_the_assistants_text_asking_only_where_they_differ(swe
     [assistant] = sweep.points("assistant", [])
     [oracle] = sweep.points("oracle", [])
     assert oracle["scores"] == assistant["scores"]
-    base, big = sweep.models.model, sweep.models.assistants[0]
+    base, big = sweep.team.model, sweep.team.writer.assistants[0]
     differ = total = 0
     for problem, generation in zip(sweep.problems, sweep.texts["assistant"], strict=True):
         ids = problem.prompt_ids + generation.token_ids
@@ -94,7 +96,7 @@ def test_other_problems_calibrate(sweep):
     sweep.calibration = []
     with pytest.raises(ConfigurationError, match="not reported"):
         sweep.points("entropy", [0.2])
-    sweep.models.model.config.deferral.calibration = [
+    sweep.team.model.config.deferral.calibration = [
         {"rate": 0.1, "threshold": 0.9},
         {"rate": 0.5, "threshold": 0.4},
     ]

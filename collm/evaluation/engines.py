@@ -1,0 +1,107 @@
+"""A writer over serving engines (vLLM, or transformers in sessions): many answers at once, batched continuously."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any
+
+from collm.configuration import DeferralConfig
+from collm.engines.collaboration import Request, collaborate
+from collm.engines.session import Sampling
+from collm.errors import ConfigurationError
+from collm.evaluation.generations import Generation
+from collm.evaluation.runner import Problem
+
+
+@dataclass
+class EngineWriter:
+    """
+    Writes through engines, a batch's problems all at once; they are batched continuously, so take large batches.
+
+    Args:
+        base ([`~collm.engines.session.Engine`]): the base, or a single model where there are no assistants.
+        assistants (sequence of engines): those to ask.
+        tokenizer (`PreTrainedTokenizerBase`): the base's.
+        eos_ids (`frozenset[int]`): tokens that end an answer.
+        deferral ([`DeferralConfig`]): the checkpoint's, for its threshold and table.
+        options (`dict`): arguments of `generate` that engines know: `threshold`, `deferral_rate`, `router`,
+        `do_sample`,
+            `temperature`, `top_p`.
+        max_new_tokens, seed: as in [`~collm.evaluation.runner.ModelWriter`].
+
+    Raises:
+        [`ConfigurationError`]: a combiner other than "assistant": engines do not hand out whole distributions.
+    """
+
+    base: Any
+    assistants: Sequence[Any]
+    tokenizer: Any
+    eos_ids: frozenset[int]
+    deferral: DeferralConfig
+    options: dict[str, Any] = field(default_factory=dict)
+    max_new_tokens: int = 512
+    seed: int = 0
+    loop: asyncio.Runner = field(default_factory=asyncio.Runner)  # engines live in one event loop
+
+    def __post_init__(self) -> None:
+        if self.options.get("combiner") not in (None, "assistant"):
+            raise ConfigurationError(
+                "combiners need whole distributions, which engines keep: use --engine transformers"
+            )
+
+    def __call__(self, problems: list[Problem]) -> list[Generation]:
+        async def everything() -> list[Generation]:
+            return await asyncio.gather(*(self._write(problem) for problem in problems))
+
+        started = time.perf_counter()
+        generations = self.loop.run(everything())
+        seconds = round((time.perf_counter() - started) / len(problems), 4)
+        for generation in generations:
+            generation.seconds = seconds
+        return generations
+
+    def close(self) -> None:
+        """Ends the engines and their event loop."""
+        for engine in (self.base, *self.assistants):
+            self.loop.run(engine.close())
+        self.loop.close()
+
+    async def _write(self, problem: Problem) -> Generation:
+        request = Request(
+            problem.prompt_ids,
+            self.max_new_tokens,
+            self._threshold(),
+            self.options.get("router") if self.assistants else "never",
+            self._sampling(problem.id),
+            self.eos_ids,
+            report=bool(self.assistants),
+        )
+        ids: list[int] = []
+        source: list[int] = []
+        probabilities: list[float] = []
+        finish = None
+        answer: Any = collaborate(request, self.base, self.assistants)
+        async with aclosing(answer) as pieces:
+            async for piece in pieces:
+                ids += piece.token_ids
+                source += piece.source
+                probabilities += [d for d in piece.deferral_probs if d is not None]
+                finish = piece.finish or finish
+        text = self.tokenizer.decode(ids, skip_special_tokens=True)
+        return Generation(problem.id, text, ids, source, probabilities, finish == "length")
+
+    def _threshold(self) -> float:
+        rate = self.options.get("deferral_rate")
+        if rate is not None:
+            return self.deferral.threshold_for_rate(rate)
+        return self.options.get("threshold", self.deferral.threshold)
+
+    def _sampling(self, number: int) -> Sampling:
+        if not self.options.get("do_sample"):
+            return Sampling()
+        temperature, top_p = self.options.get("temperature", 1.0), self.options.get("top_p", 1.0)
+        return Sampling(temperature=temperature, top_p=top_p, seed=self.seed * 1_000_000 + number)
