@@ -7,6 +7,8 @@ import functools
 import pytest
 import torch
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
     LogitsProcessorList,
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
@@ -15,6 +17,7 @@ from transformers import (
 
 from tests.conftest import ARCHITECTURES, VOCAB_SIZE, tiny_collm, tiny_model
 from tests.decoding import oracle
+from tests.decoding.test_cache import STATEFUL
 
 PAD = 0
 
@@ -149,3 +152,53 @@ def test_thresholds_from_always_to_never(threshold, speculate):
     assert out.stats["assistant_calls"][0] > 0 or threshold == 1.0
     if threshold in (-1.0, 1.0):
         assert ((out.source > 0) == (threshold < 0)).all()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("architecture", STATEFUL)
+def test_recurrent_assistants_are_exact_without_speculation(architecture):
+    base, _ = models("llama", 1)
+    torch.manual_seed(4)
+    config = AutoConfig.for_model(architecture, vocab_size=VOCAB_SIZE, pad_token_id=PAD, **STATEFUL[architecture])
+    assistant = AutoModelForCausalLM.from_config(config).eval()
+    out = check(base, [assistant], ragged_prompts(2), steps=10)
+    assert out.stats["drafted"] == 0
+    assert out.stats["assistant_padding"] == [0]
+    with pytest.warns(UserWarning, match="cannot be rolled back"):
+        base.generate(**ragged_prompts(1), assistant=assistant, speculate=True, max_new_tokens=2, do_sample=False)
+
+
+@pytest.mark.parametrize("speculate", [False, True])
+def test_an_adapter_around_the_assistant(speculate):
+    peft = pytest.importorskip("peft")
+    base, _ = models("llama", 1)
+    adapted = peft.get_peft_model(
+        tiny_model("llama", seed=10), peft.LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False, r=4)
+    )
+    check(base, [adapted.eval()], ragged_prompts(3), speculate=speculate)
+
+
+@pytest.mark.parametrize("speculate", [False, True])
+def test_routers_and_combiners_of_the_users_own(speculate):
+    base, assistants = models("llama", 2)
+
+    def every_third_after_a_deferral(context):
+        """Counts the tokens since the last deferral in a state of its own."""
+        before = torch.zeros(len(context.step)) if context.state is None else context.state.nan_to_num(0.0)
+        writers = torch.where(before == 2, 1 + context.step % 2, 0)
+        return writers, torch.where(writers > 0, 0.0, before + 1)
+
+    def flattened(context):
+        return context.assistant_logprobs / 2
+
+    out = base.generate(
+        **ragged_prompts(3), assistant=assistants, router=every_third_after_a_deferral, combiner=flattened,
+        max_new_tokens=12, do_sample=False, pad_token_id=PAD, eos_token_id=None, speculate=speculate,
+        return_dict_in_generate=True,
+    )  # fmt: skip
+    assert out.source.tolist() == [[0, 0, 1, 0, 0, 2, 0, 0, 1, 0, 0, 2]] * 3
+    expected = base.generate(
+        **ragged_prompts(3), assistant=assistants, router=lambda c: torch.where(c.step % 3 == 2, 1 + c.step % 2, 0),
+        max_new_tokens=12, do_sample=False, pad_token_id=PAD, eos_token_id=None,
+    )  # fmt: skip
+    assert torch.equal(out.sequences, expected)
