@@ -89,20 +89,11 @@ def test_head_mode_with_two_processes(run, tmp_path):
 
 
 def zero(stage: int) -> dict:
-    return {
-        "zero_optimization": {
-            "stage": stage,
-            "stage3_param_persistence_threshold": 0,
-            "stage3_gather_16bit_weights_on_model_save": True,
-        },
-        "train_micro_batch_size_per_gpu": "auto",
-        "train_batch_size": "auto",
-        "gradient_accumulation_steps": "auto",
-        "gradient_clipping": "auto",
-        "bf16": {"enabled": "auto"},
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-    }
+    """The ready configuration, with every parameter partitioned, however small."""
+    settings = json.loads((ROOT / "examples" / "configs" / "deepspeed" / f"zero{stage}.json").read_text())
+    if stage == 3:
+        settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    return settings
 
 
 @pytest.mark.deepspeed
