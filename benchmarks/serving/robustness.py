@@ -1,11 +1,11 @@
 """What a server of two vLLM engines does with clients that leave, nonsense, and an assistant that dies.
 
-    python -m benchmarks.serving.robustness soak        # 2,000 requests, 20% of clients gone in mid-stream, 5% malformed
-    python -m benchmarks.serving.robustness kill        # the assistant's process killed and restarted under load
-    python -m benchmarks.serving.robustness counters    # tokens that each engine computed, by its own scheduler
+    python -m benchmarks.serving.robustness soak      # 2,000 requests, 20% of clients gone in mid-stream, 5% malformed
+    python -m benchmarks.serving.robustness kill      # the assistant's process killed and restarted under load
+    python -m benchmarks.serving.robustness counters  # tokens that each engine computed, by its own scheduler
 
-Tiny random models in float32, made on the spot. The load comes over HTTP from another process. The last line of standard
-output is one JSON object; the exit code is 1 where a promise was broken.
+Tiny random models in float32, made on the spot. The load comes over HTTP from another process. The last line of
+standard output is one JSON object; the exit code is 1 where a promise was broken.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -155,7 +156,7 @@ async def client(url: str, count: int, concurrency: int, seed: int) -> dict[str,
                 outcome[type(error).__name__] += 1
 
         kinds = rng.choices(["leave", "malformed", "stream", "whole"], [0.20, 0.05, 0.375, 0.375], k=count)
-        jobs = [lambda k=k, i=rng.randrange(len(pool)), n=rng.randint(1, 8): one(k, i, n) for k in kinds]
+        jobs = [partial(one, kind, rng.randrange(len(pool)), rng.randint(1, 8)) for kind in kinds]
         seconds, _ = await at_once(concurrency, jobs)
     return {"seconds": seconds, "requests": count, "planned": dict(Counter(kinds)), "outcome": dict(outcome)}
 
@@ -231,8 +232,8 @@ async def kill(options) -> tuple[dict[str, Any], bool]:
         rng = random.Random(policy)
         while not stop.is_set():
             body = {
-                "model": "tiny", "prompt": [rng.randrange(3, 64) for _ in range(10)], "max_tokens": 24, "temperature": 0,
-                "ignore_eos": True, "on_assistant_error": policy,
+                "model": "tiny", "prompt": [rng.randrange(3, 64) for _ in range(10)], "max_tokens": 24,
+                "temperature": 0, "ignore_eos": True, "on_assistant_error": policy,
             }  # fmt: skip
             answer = await http.post(f"{url}/v1/completions", json=body)
             usage = answer.json().get("usage", {})

@@ -120,7 +120,8 @@ async def run_collaboration(options) -> dict[str, Any]:
         reading = await replay_assistant(helper, texts[:count], answers, concurrency)
         floor = alone + reading if concurrency == 1 else max(alone, reading)
         results[f"concurrency_{concurrency}"] = {
-            **ours, "base_alone_seconds": alone, "assistant_alone_seconds": reading, "of_floor": floor / ours["seconds"],
+            **ours, "base_alone_seconds": alone, "assistant_alone_seconds": reading,
+            "of_floor": floor / ours["seconds"],
         }  # fmt: skip
         if concurrency == 1:
             steps = await step_time(base, texts[0]), await step_time(helper, texts[0])

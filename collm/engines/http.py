@@ -74,23 +74,28 @@ class HTTPEngine:
         return HTTPSession(self, list(prompt_ids), sampling)
 
     async def healthy(self) -> bool:
+        """Whether the server answers; the name and the length limit of its model are learnt on the way."""
         try:
-            return (await self.client.get(f"{self.url}/models")).is_success
-        except httpx.HTTPError:
+            await self._learn()
+        except AssistantError:
             return False
+        return True
 
     async def close(self) -> None:
         await self.client.aclose()
 
     async def model_name(self) -> str:
         """The configured name, or the server's first model."""
-        if self.model is None:
-            models = (await self._send("GET", "/models")).get("data") or []
-            if not models or not isinstance(models[0].get("id"), str):
-                raise AssistantError(f"{self.name} lists no model; name one.")
-            self.model = models[0]["id"]
-            self.max_length = min(self.max_length, models[0].get("max_model_len") or self.max_length)
-        return self.model
+        return self.model or await self._learn()
+
+    async def _learn(self) -> str:
+        models = (await self._send("GET", "/models", retries=0)).get("data") or []
+        ours: dict[str, Any] = next((m for m in models if self.model in (None, m.get("id"))), {})
+        if not isinstance(ours.get("id"), str):
+            raise AssistantError(f"{self.name} does not list {self.model or 'any model'}.")
+        self.model = ours["id"]
+        self.max_length = min(self.max_length, ours.get("max_model_len") or self.max_length)
+        return ours["id"]
 
     async def complete(self, body: dict[str, Any]) -> dict[str, Any]:
         """The first choice of a completion.
@@ -104,8 +109,11 @@ class HTTPEngine:
             raise AssistantError(f"{self.name} answered without choices.")
         return choices[0]
 
-    async def _send(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
-        for attempt in range(self.retries + 1):
+    async def _send(
+        self, method: str, path: str, body: dict[str, Any] | None = None, retries: int | None = None
+    ) -> dict[str, Any]:
+        retries = self.retries if retries is None else retries
+        for attempt in range(retries + 1):
             try:
                 response = await self.client.request(method, self.url + path, json=body)
                 if response.is_success:
@@ -120,7 +128,7 @@ class HTTPEngine:
                 problem = f"{type(error).__name__} {error}".strip()
             except ValueError as error:
                 raise AssistantError(f"{self.name} answered with invalid JSON: {error}") from error
-            if attempt < self.retries:
+            if attempt < retries:
                 await asyncio.sleep(FIRST_PAUSE * 2**attempt * random.uniform(0.5, 1.5))
         raise AssistantError(f"{self.name} gave no answer: {problem}")
 

@@ -66,6 +66,7 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        await service.health()  # learns the limits of assistants behind URLs, where they answer already
         yield
         await service.close()
 

@@ -228,7 +228,7 @@ class Service:
                         yield delta
                         if delta.finish:
                             break
-            except GeneratorExit:
+            except (GeneratorExit, asyncio.CancelledError):
                 self.metrics.abandoned.inc()
                 raise
             finally:
@@ -281,6 +281,7 @@ class Service:
 
     async def health(self) -> dict[str, Any]:
         """Whether the base can answer, and which assistants are asked at present."""
+        await asyncio.gather(*[engine.healthy() for engine in self.assistants])
         return {
             "status": "ok" if await self.base.healthy() else "base engine is down",
             "assistants": {

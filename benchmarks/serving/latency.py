@@ -1,0 +1,116 @@
+"""Time to the first token of a stream: `collm serve` against `vllm serve` with the base alone, over HTTP.
+
+    python -m benchmarks.serving.latency
+
+Both servers get the base on the same cores with the same engine arguments; ours has an assistant on the other cores.
+One request at a time, each prompt once, no prefix cache. The last line of standard output is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from typing import Any
+
+import httpx
+
+from benchmarks.serving.common import ASSISTANT, ENGINE, MODELS, base_checkpoint, finish, halves, prompts
+
+FLAGS = {k: v for k, v in ENGINE.items() if k != "disable_log_stats"} | {"enable_prefix_caching": False}
+
+
+async def first_tokens(url: str, model: str, texts: list[list[int]], extra: dict[str, Any]) -> list[float]:
+    """Seconds to the first chunk with a token, of each prompt."""
+    times = []
+    async with httpx.AsyncClient(timeout=300, trust_env=False) as http:
+        for text in texts:
+            body = {"model": model, "prompt": text, "max_tokens": 8, "temperature": 0, "stream": True, **extra}
+            start = time.perf_counter()
+            async with http.stream("POST", f"{url}/v1/completions", json=body) as answer:
+                answer.raise_for_status()
+                async for line in answer.aiter_lines():
+                    if line.startswith("data: {") and json.loads(line[6:])["choices"]:
+                        times.append(time.perf_counter() - start)
+                        break
+    return times
+
+
+def start(command: list[str], cores: str, port: int) -> subprocess.Popen:
+    environment = {**os.environ, "VLLM_CPU_OMP_THREADS_BIND": cores} if cores else {**os.environ}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, start_new_session=True)
+    for _ in range(3000):
+        if process.poll() is not None:
+            raise SystemExit(f"{command} exited with {process.returncode}")
+        try:
+            if httpx.get(f"http://127.0.0.1:{port}/health").is_success:
+                return process
+        except httpx.TransportError:
+            time.sleep(0.1)
+    raise SystemExit(f"{command} did not start")
+
+
+def stop(process: subprocess.Popen) -> None:
+    process.send_signal(signal.SIGTERM)
+    try:
+        process.wait(timeout=30)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompts", type=int, default=24)
+    parser.add_argument("--cut", type=float, default=0.5)
+    options = parser.parse_args()
+    base, port = base_checkpoint(), 18474
+    own, others, _ = halves()
+    texts = prompts(options.prompts + 2)
+    medians: dict[str, Any] = {}
+
+    vllm = [
+        sys.executable,
+        "-m",
+        "vllm.entrypoints.cli.main",
+        "serve",
+        base,
+        "--port",
+        str(port),
+        "--dtype",
+        "bfloat16",
+    ]
+    vllm += ["--served-model-name", "base", "--enforce-eager", "--no-enable-prefix-caching"]
+    vllm += ["--block-size", "32", "--max-model-len", "1024", "--max-num-seqs", "64"]
+    process = start(vllm, own, port)
+    try:
+        times = asyncio.run(first_tokens(f"http://127.0.0.1:{port}", "base", texts, {}))[2:]
+        medians["vllm_serve_base"] = statistics.median(times)
+    finally:
+        stop(process)
+
+    ours = [sys.executable, "-m", "collm.cli", "serve", "--model", base, "--assistant", str(MODELS / ASSISTANT)]
+    ours += ["--engine", "vllm", "--port", str(port), "--dtype", "bfloat16", "--served-model-name", "pair"]
+    ours += ["--base-devices", own, "--assistant-devices", others, "--log-level", "error"]
+    ours += ["--engine-args", json.dumps(FLAGS), "--assistant-engine-args", json.dumps(FLAGS)]
+    process = start(ours, "", port)
+    try:
+        for name, extra in (
+            ("collm_serve", {"router": f"entropy:cut={options.cut}"}),
+            ("collm_serve_never", {"threshold": 1}),
+        ):
+            times = asyncio.run(first_tokens(f"http://127.0.0.1:{port}", "pair", texts, extra))[2:]
+            medians[name] = statistics.median(times)
+    finally:
+        stop(process)
+    ratio = medians["collm_serve"] / medians["vllm_serve_base"]
+    finish("latency", vars(options), {"median_seconds": medians, "ratio": ratio})
+
+
+if __name__ == "__main__":
+    main()
