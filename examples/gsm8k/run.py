@@ -59,7 +59,7 @@ def main() -> None:
     for features, cost in ABLATIONS:
         model = load(arguments, features, cost)
         cache = arguments.work / f"{arguments.targets}-{'-'.join(features)}"
-        trained = train_head(model, scored, DataCollatorForCoLLM(tokenizer), cache, held_out=arguments.held_out)
+        trained = train_head(model, scored, DataCollatorForCoLLM(tokenizer.pad_token_id), cache, held_out=arguments.held_out)
         print(f"{'+'.join(features):20} c = {cost}: {trained}", flush=True)
         table.append({"features": features, **asdict(trained)})
         if (features, cost) == CHOSEN:
@@ -69,7 +69,7 @@ def main() -> None:
 
     # 3. A threshold for the asked share of tokens, from the training text (`collm calibrate` does this on what the pair
     #    writes), and a checkpoint of a few kilobytes.
-    targets = cache_targets(model, scored, DataCollatorForCoLLM(tokenizer), cache)
+    targets = cache_targets(model, scored, DataCollatorForCoLLM(tokenizer.pad_token_id), cache)
     probabilities = torch.sigmoid(model.deferral_head(model.standardise(targets.features))).flatten()
     model.config.deferral.threshold = float(probabilities.quantile(1 - arguments.rate))
     model.save_pretrained(arguments.work / f"checkpoint-{arguments.targets}")
