@@ -15,7 +15,7 @@ REQUIRES = [
     "huggingface_hub>=1.31",
     "safetensors>=0.8",
     "numpy>=2.0",
-    "tqdm>=4.66",
+    "tqdm>=4.67",
     "pyyaml>=6.0",
 ]
 TRAIN = ["accelerate>=1.10", "datasets>=5.0", "peft>=0.19"]
