@@ -93,7 +93,9 @@ class Choice:
     processors: Any = ()
     whole_batch: bool = False  # processors that look at the row's index must see all rows
 
-    def __call__(self, rows: list[Row], steps: list[int], logits: Tensor, view: Callable[[int], Tensor]) -> Any:
+    def __call__(
+        self, rows: list[Row], steps: list[int], logits: Tensor, view: Callable[[int], Tensor]
+    ) -> tuple[Tensor, Tensor]:
         """Tokens `(n,)` and processed scores `(n, vocabulary)` of `n` positions; `view(step)` is `input_ids` then."""
         scores = logits
         if self.processors:
@@ -156,7 +158,7 @@ class Decoder:
         self.streamer, self.keep_scores, self.fall_back = streamer, keep_scores, fall_back
         self.rows = [Row(index) for index in range(len(input_ids))]
         self.extra = dict(zip(combiner.models, range(num_assistants + 1, len(readers)), strict=True))
-        self.device, self.prompt_width = readers[BASE].device, input_ids.shape[1]
+        self.device, self.prompt_width = input_ids.device, input_ids.shape[1]
         self.input_ids = input_ids  # with the new tokens, as far as anything wants to see them
         self.needs_view = bool(choice.processors or ending.criteria)
         self.counts: Counter[str] = Counter()
@@ -190,13 +192,14 @@ class Decoder:
         chunks = [self.unread(BASE, row) + guess for row, guess in zip(rows, guesses, strict=True)]
         reading = self.readers[BASE].read([row.index for row in rows], chunks, 1 + max(map(len, guesses)))
         assert reading.deferral_logits is not None
+        all_logits, all_deferral = reading.logits.to(self.device), reading.deferral_logits.to(self.device)
         going = list(range(len(rows)))
         for depth in range(1 + max(map(len, guesses))):
             if any(guesses):
                 column = [depth - len(guesses[i]) - 1 for i in going]
-                logits, deferral = reading.logits[going, column], reading.deferral_logits[going, column]
+                logits, deferral = all_logits[going, column], all_deferral[going, column]
             else:
-                logits, deferral = reading.logits[:, -1], reading.deferral_logits[:, -1]
+                logits, deferral = all_logits[:, -1], all_deferral[:, -1]
             self.route_and_write([rows[i] for i in going], logits, deferral)
             guessed = [i for i in going if depth < len(guesses[i])]
             right = [i for i in guessed if rows[i].tokens[-1:] == guesses[i][depth : depth + 1]]
@@ -243,7 +246,7 @@ class Decoder:
         """
         steps = [len(row.tokens) for row in rows]
         context = RoutingContext(
-            writer_probs=deferral_probabilities(deferral_logits).to(logits.device),
+            writer_probs=deferral_probabilities(deferral_logits),
             threshold=self.threshold,
             base_logits=logits,
             step=torch.tensor(steps, device=logits.device),
@@ -537,7 +540,8 @@ class Decoder:
             *(f"Assistant {k}" for k in range(1, self.num_assistants + 1)),
             *(f'The "{n}" model' for n in self.extra),
         ]
-        where = ", ".join(f"row {row.index} after {row.limit} new tokens" for row in rows)
+        where = ", ".join(f"row {row.index} after {row.limit} new tokens" for row in rows[:3])
+        where += f" and {len(rows) - 3} more" if len(rows) > 3 else ""
         return AssistantError(
             f"{names[reader - 1]} {problem} ({where}). "
             'Pass on_assistant_error="base" to let the base go on alone from there.'
