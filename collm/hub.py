@@ -70,6 +70,12 @@ def push_checkpoint(
     """
     from huggingface_hub import CommitOperationAdd, HfApi
 
+    training = read_json(Path(folder, TRAINING_FILE))
+    if head_only and training.get("mode", "head") != "head":
+        raise CheckpointError(
+            f'"{folder}" was trained with mode {training["mode"]}: its base differs from {training.get("base_model")}, so '
+            "that the head alone would be wrong. Push all of it."
+        )
     with tempfile.TemporaryDirectory() as staged:
         files = _stage(Path(folder), Path(staged), head_only, base_model)
         refuse_secrets(files.values(), token)
@@ -80,7 +86,7 @@ def push_checkpoint(
             if not _is_written_by_hand(repo_id, token):
                 base = json.loads(files["config.json"].read_text(encoding="utf-8"))["deferral"].get("base_model")
                 license = license or _license_of(base, token)
-                card = model_card(files, repo_id, read_json(Path(folder, TRAINING_FILE)), records, license)
+                card = model_card(files, repo_id, training, records, license)
                 files["README.md"] = Path(staged, "README.md")
                 files["README.md"].write_text(card, encoding="utf-8")
                 refuse_secrets([files["README.md"]], token)

@@ -622,7 +622,7 @@ def _at(values: Tensor | None, targets: Tensor) -> Tensor | None:
 
 @contextmanager
 def _inputs_of(module: nn.Module) -> Iterator[list[Tensor]]:
-    """Collect the first argument of every call of `module`: for the LM head, h_t."""
+    """Collect the first argument of every call of `module` (for the LM head, h_t), whichever thread it comes from."""
     seen: list[Tensor] = []
     handle = module.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     try:

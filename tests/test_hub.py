@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 import yaml
+from conftest import tiny_collm
 from hub_session import READER, WRITER
 
 from collm import DeferralConfig
 from collm.errors import CheckpointError
-from collm.hub import model_card, public_name, read_json
+from collm.hub import model_card, public_name, push_checkpoint, read_json
 
 
 @pytest.fixture(scope="module")
@@ -199,3 +200,10 @@ def test_a_record_that_is_no_json_is_named(tmp_path):
     (tmp_path / "results.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"results\.json is no JSON"):
         read_json(tmp_path / "results.json")
+
+
+def test_the_head_alone_is_refused_where_the_base_was_trained(tmp_path):
+    tiny_collm().save_pretrained(tmp_path)
+    (tmp_path / "collm_training.json").write_text(json.dumps({"mode": "full", "base_model": "org/base"}))
+    with pytest.raises(CheckpointError, match=r"was trained with mode full: its base differs from org/base"):
+        push_checkpoint(tmp_path, "me/x", head_only=True)
