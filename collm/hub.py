@@ -73,8 +73,8 @@ def push_checkpoint(
     training = read_json(Path(folder, TRAINING_FILE))
     if head_only and training.get("mode", "head") != "head":
         raise CheckpointError(
-            f'"{folder}" was trained with mode {training["mode"]}: its base differs from {training.get("base_model")}, so '
-            "that the head alone would be wrong. Push all of it."
+            f'"{folder}" was trained with mode {training["mode"]}: its base differs from {training.get("base_model")}, '
+            "so that the head alone would be wrong. Push all of it."
         )
     with tempfile.TemporaryDirectory() as staged:
         files = _stage(Path(folder), Path(staged), head_only, base_model)
