@@ -25,6 +25,7 @@ def rows(count: int) -> Dataset:
 
 
 @pytest.mark.vllm
+@pytest.mark.filterwarnings("ignore")  # vLLM's own
 def test_vllm_gives_the_numbers_of_transformers(tmp_path, monkeypatch):
     pytest.importorskip("vllm")
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
