@@ -183,7 +183,8 @@ def _print(points: list[dict[str, Any]]) -> None:
 
 
 def _write_report(folder: Path, results: dict[str, Any], sweep: Any, options: SweepOptions) -> None:
-    from collm.reporting import DeferralStatistics, TokenView, plots, table, token_view, write_page
+    from collm.evaluation.trajectory import views_of
+    from collm.reporting import DeferralStatistics, plots, table, token_view, write_page
     from collm.reporting.html import figure, heading, paragraph
 
     points, settings = results["points"], results["settings"]
@@ -205,13 +206,8 @@ def _write_report(folder: Path, results: dict[str, Any], sweep: Any, options: Sw
         parts.append(figure(plots.svg(drawing)))
     for point in points:
         if point["method"] == "learned" and point["texts"] in sweep.texts:
-            views = [
-                TokenView.from_ids(
-                    sweep.team.tokenizer, g.token_ids, g.source, g.deferral_probs, names=sweep.team.names,
-                    title=f"Problem {p.id}", prompt=p.prompt, note=f"{results['metric']}: {score:.3g}",
-                )
-                for p, g, score in zip(sweep.problems, sweep.texts[point["texts"]], point["scores"], strict=True)
-            ]  # fmt: skip
+            notes = [f"{results['metric']}: {score:.3g}" for score in point["scores"]]
+            views = views_of(sweep.team, sweep.problems, sweep.texts[point["texts"]], notes, options.examples)
             statistics = DeferralStatistics.of(views)
             parts += [
                 heading(f"Learned, {point['rate']:.1%} deferred"),

@@ -194,6 +194,32 @@ def base_uncertainty(model: Any, texts: Sequence[Text]) -> list[dict[str, np.nda
     return result
 
 
+@torch.inference_mode()
+def other_choices(model: Any, assistants: Sequence[Any], text: Text, source: Sequence[int]) -> list[int | None]:
+    """
+    What the model that did not write would have written, for every target of a text that a pair generated: the base's
+    first choice where an assistant wrote, the first choice of the assistant which the head prefers where the base did
+    (None where that assistant is not among `assistants`). For [`~collm.reporting.TokenView`].
+
+    Args:
+        text (`(input_ids, labels)`): prompt and generated tokens.
+        source (sequence of `int`): who wrote each target.
+    """
+    ids, labels = _right_padded([text])
+    own = model.score_targets(ids.to(model.device), labels=labels.to(model.device))
+    preferred = own.deferral_logits.argmax(-1).tolist()
+    choices = [_first_choices(one, ids, labels) for one in (model, *assistants)]
+    others = [0 if writer else k + 1 for writer, k in zip(source, preferred, strict=True)]
+    return [choices[who][t] if who < len(choices) else None for t, who in enumerate(others)]
+
+
+def _first_choices(model: Any, ids: Tensor, labels: Tensor) -> list[int]:
+    size = max(1, LOGITS_PER_CHUNK // model.get_output_embeddings().weight.shape[0])
+    hidden = model.base_model(input_ids=ids.to(model.device), use_cache=False)[0]
+    hidden = hidden[:, :-1][(labels[:, 1:] != -100).to(hidden.device)]
+    return [t for part in hidden.split(size) for t in lm_head_logits(model, part.unsqueeze(0))[0].argmax(-1).tolist()]
+
+
 def _right_padded(texts: Sequence[Text]) -> tuple[Tensor, Tensor]:
     width = max(len(ids) for ids, _ in texts)
     ids = torch.tensor([row + [0] * (width - len(row)) for row, _ in texts])

@@ -11,9 +11,10 @@ import numpy as np
 
 from collm.calibration import Run
 from collm.evaluation.generations import Generation, GenerationStore
-from collm.evaluation.likelihood import base_uncertainty, router_scores
+from collm.evaluation.likelihood import base_uncertainty, other_choices, router_scores
 from collm.evaluation.loading import Team
-from collm.evaluation.runner import Problem, generate_all
+from collm.evaluation.runner import ModelWriter, Problem, generate_all
+from collm.reporting.view import TokenView
 
 CUT_ROUTERS = {"entropy": 1, "top_probability": -1, "margin": -1}  # name -> sign between its cut and our threshold
 
@@ -81,6 +82,26 @@ def texts_of(problems: Sequence[Problem], generations: Sequence[Generation]) -> 
         (problem.prompt_ids + g.token_ids, [-100] * len(problem.prompt_ids) + g.token_ids)
         for problem, g in zip(problems, generations, strict=True)
     ]
+
+
+def views_of(
+    team: Team, problems: Sequence[Problem], generations: Sequence[Generation], notes: Sequence[str], examples: int
+) -> list[TokenView]:
+    """
+    Token views of generated texts, for reports. The first `examples` also say what the other model would have written,
+    as far as its model is in this process.
+    """
+    assistants = getattr(team.writer, "assistants", ())
+    here = list(assistants) if isinstance(team.writer, ModelWriter) else []
+    together = len(team.names) > 1 and team.model is not None
+    views = []
+    for n, (problem, g, note) in enumerate(zip(problems, generations, notes, strict=True)):
+        [text] = texts_of([problem], [g])
+        others = other_choices(team.model, here, text, g.source) if together and n < examples and g.token_ids else None
+        details = {"names": team.names, "title": f"Problem {problem.id}", "prompt": problem.prompt, "note": note}
+        probabilities = g.deferral_probs or None
+        views.append(TokenView.from_ids(team.tokenizer, g.token_ids, g.source, probabilities, others, **details))
+    return views
 
 
 def reference_run(model: Any, texts: Sequence[tuple[list[int], list[int]]]) -> Run:

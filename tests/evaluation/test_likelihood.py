@@ -9,7 +9,7 @@ from conftest import VOCAB_SIZE, tiny_collm, tiny_model
 
 from collm.decoding.routers import ROUTERS, RoutingContext
 from collm.errors import ConfigurationError
-from collm.evaluation.likelihood import base_uncertainty, perplexity, router_scores, score_texts
+from collm.evaluation.likelihood import base_uncertainty, other_choices, perplexity, router_scores, score_texts
 
 
 def some_texts(count: int = 5, seed: int = 3) -> list[tuple[list[int], list[int]]]:
@@ -111,3 +111,17 @@ def test_routers_without_a_threshold_are_refused():
         router_scores("random", np.zeros(3))
     with pytest.raises(ConfigurationError, match='Did you mean "entropy"'):
         router_scores("entropi", np.zeros(3))
+
+
+def test_other_choices_are_those_of_whoever_did_not_write():
+    model = tiny_collm(num_assistants=2)
+    assistants = [tiny_model(seed=5), tiny_model(seed=6)]
+    [(ids, labels)] = some_texts(1)
+    source = [0, 1, 2, 0]
+    expected = []
+    for n, t in enumerate(range(2, 6)):
+        base, others, pi = oracle(model, assistants, ids, t)
+        expected.append(int((base if source[n] else others[int(pi[1:].argmax())]).argmax()))
+    assert other_choices(model, assistants, (ids, labels), source) == expected
+    known = other_choices(model, [], (ids, labels), source)
+    assert known == [None, expected[1], expected[2], None]
