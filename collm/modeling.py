@@ -314,7 +314,7 @@ class CoLLMForCausalLM(_Mixin):
 
         # 2. The loss of the targets, a sum over chunks of them; per target token, not per micro-batch.
         targets = _targets(labels)
-        hidden, tokens = decoded[0][0][:, :-1][targets], labels[:, 1:][targets]
+        hidden, tokens = _at_targets(decoded[0][0], targets), labels[:, 1:][targets]
         loss = self._summed_loss(hidden, tokens, _at(assistant_logprobs, targets), _at(assistant_correct, targets))
         loss = divide_by_targets(loss, len(tokens), num_items_in_batch)
 
@@ -415,7 +415,7 @@ class CoLLMForCausalLM(_Mixin):
         with _output_of(self.get_submodule(decoder_path(self))) as decoded:
             super().forward(input_ids, attention_mask=attention_mask, return_dict=True, logits_to_keep=1, **kwargs)
         targets = _targets(labels)
-        hidden, tokens = decoded[0][0][:, :-1][targets], labels[:, 1:][targets]
+        hidden, tokens = _at_targets(decoded[0][0], targets), labels[:, 1:][targets]
         size = self._targets_per_chunk()
         chunks = zip(hidden.split(size), tokens.to(hidden.device).split(size), strict=True)
         scores = _Scores(*(torch.cat(column) for column in zip(*(self._score(h, t) for h, t in chunks), strict=True)))
@@ -614,6 +614,11 @@ def _with_deferral(base: ModelOutput, **values: Any) -> Any:
 def _targets(labels: Tensor) -> Tensor:
     """`(batch, seq - 1)` bool: whether position t predicts a target, labels[:, t + 1] != -100."""
     return labels[:, 1:] != -100
+
+
+def _at_targets(hidden: Tensor, targets: Tensor) -> Tensor:
+    """`(N, H)`: the decoder's output, on whatever device it lies, at the positions that predict a target."""
+    return hidden[:, :-1][targets.to(hidden.device)]
 
 
 def _at(values: Tensor | None, targets: Tensor) -> Tensor | None:
