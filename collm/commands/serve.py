@@ -38,7 +38,10 @@ class Arguments:
     model: str = field(metadata={"help": "deferral checkpoint: folder or Hub id"})
     assistant: list[str] = field(
         default_factory=list,
-        metadata={"help": "K assistants: folder, Hub id, or URL of any OpenAI-compatible completions server"},
+        metadata={
+            "help": "K assistants: folder, Hub id, or URL of any OpenAI-compatible completions server",
+            "action": "extend",
+        },
     )
     engine: Literal["auto", "vllm", "transformers"] = field(
         default="auto", metadata={"help": "auto takes vLLM where it is installed"}
@@ -46,12 +49,16 @@ class Arguments:
     served_model_name: str | None = field(default=None, metadata={"help": "name in the API; the model's by default"})
     host: str = field(default="127.0.0.1", metadata={"help": "address to listen on; 0.0.0.0 for all"})
     port: int = field(default=8000, metadata={"help": "port to listen on"})
-    api_key: list[str] = field(default_factory=list, metadata={"help": "accepted keys; also COLLM_API_KEY"})
+    api_key: list[str] = field(
+        default_factory=list, metadata={"help": "accepted keys; also COLLM_API_KEY", "action": "extend"}
+    )
     threshold: float | None = field(default=None, metadata={"help": "of requests that give none; the checkpoint's"})
     on_assistant_error: Literal["error", "fallback"] = field(
         default="error", metadata={"help": "answer 502, or let the base go on alone, when an assistant fails"}
     )
-    assistant_model: list[str] = field(default_factory=list, metadata={"help": "names of the models behind URLs"})
+    assistant_model: list[str] = field(
+        default_factory=list, metadata={"help": "names of the models behind URLs", "action": "extend"}
+    )
     assistant_api_key: str | None = field(default=None, metadata={"help": "key for URLs; also COLLM_ASSISTANT_API_KEY"})
     assistant_protocol: Literal["token_ids", "text"] = field(
         default="token_ids", metadata={"help": "what is exchanged with URLs; text for servers that know no token ids"}
@@ -61,7 +68,9 @@ class Arguments:
     max_waiting: int = field(default=512, metadata={"help": "answers in the queue; beyond that 429"})
     max_tokens: int | None = field(default=None, metadata={"help": "longest answer that a request may ask for"})
     max_body_bytes: int = field(default=4 * 2**20, metadata={"help": "largest request body"})
-    cors_origin: list[str] = field(default_factory=list, metadata={"help": "origins whose browsers may call"})
+    cors_origin: list[str] = field(
+        default_factory=list, metadata={"help": "origins whose browsers may call", "action": "extend"}
+    )
     drain_timeout: int = field(default=60, metadata={"help": "seconds that running answers get after SIGTERM"})
     dtype: str = field(default="auto", metadata={"help": "of both engines: auto, float32, bfloat16, float16"})
     max_model_len: int | None = field(default=None, metadata={"help": "longest prompt and answer together"})
@@ -69,7 +78,8 @@ class Arguments:
     assistant_engine_args: str = field(default="{}", metadata={"help": "JSON for the assistants' engines, likewise"})
     base_devices: str | None = field(default=None, metadata={"help": "GPUs (or CPU cores) of the base, as 0,1 or 0-3"})
     assistant_devices: list[str] = field(
-        default_factory=list, metadata={"help": "GPUs (or CPU cores), one entry for each local assistant"}
+        default_factory=list,
+        metadata={"help": "GPUs (or CPU cores), one entry for each local assistant", "action": "extend"},
     )
     log_level: str = field(default="info", metadata={"help": "of the HTTP server"})
 

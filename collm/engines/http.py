@@ -67,7 +67,6 @@ class HTTPEngine:
             headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
             timeout=timeout,
             limits=httpx.Limits(max_connections=connections, max_keepalive_connections=connections),
-            trust_env=False,
         )
 
     def open(self, prompt_ids: Sequence[int], sampling: Sampling) -> HTTPSession:

@@ -9,6 +9,7 @@ import random
 import pytest
 import torch
 
+from collm.errors import AssistantError
 from collm.vllm_plugin import gates
 from tests.engines.oracle import oracle
 
@@ -108,12 +109,18 @@ def test_64_concurrent_requests_with_mixed_thresholds_and_lengths_are_the_oracle
                 await answer(Request(requests[0].prompt_ids, 24, 0.5, sampling=Sampling(temperature=0.8, seed=s)))
                 for s in (1, 1, 2)
             ]
+            fallback = [
+                w
+                async for w in collaborate(
+                    Request(requests[0].prompt_ids, 24, 0.4, on_assistant_error="fallback"), engine, [Unplugged()] * 2
+                )
+            ]
         finally:
             for e in [engine, *assistants]:
                 await e.close()
-        return answers, alone, sampled
+        return answers, alone, sampled, fallback
 
-    answers, alone, sampled = asyncio.run(run())
+    answers, alone, sampled, fallback = asyncio.run(run())
     kinds = set()
     for request, (tokens, source, probs) in zip(requests, answers, strict=True):
         expected = oracle(base, helpers, request.prompt_ids, request.max_tokens, request.threshold, request.router)
@@ -131,8 +138,20 @@ def test_64_concurrent_requests_with_mixed_thresholds_and_lengths_are_the_oracle
     assert {i: e.logprob for i, e in logprobs[0].items()} == pytest.approx(
         {i: float(own[i]) for i in logprobs[0]}, abs=1e-4
     )
+    # An assistant that fails: the base decodes the position once more, and goes on alone.
+    assert [t for w in fallback for t in w.token_ids] == oracle(base, [], requests[0].prompt_ids, 24, 1.0).tokens
+    assert sum(w.fallback for w in fallback) == 1
     assert sampled[0] == sampled[1] != sampled[2]
     assert all(0 <= t < 64 for s in sampled for t in s[0])
+
+
+class Unplugged:
+    """An assistant that is gone."""
+
+    name = "unplugged"
+
+    def open(self, prompt_ids, sampling):
+        raise AssistantError("connection lost")
 
 
 async def plain_base(engine, prompt_ids):
