@@ -108,8 +108,9 @@ class TrainArguments(TrainingArguments):
             for option in fields(self)
             if option.name not in ("config", "hub_token") and getattr(self, option.name) != _default(option)
         }
-        if self.fsdp in ("true", "false"):  # YAML's own spelling; the parent takes a bool or its older option strings
-            self.fsdp = self.fsdp == "true"  # type: ignore[assignment]
+        # YAML's own spelling; the parent takes a bool or its older option strings.
+        if self.fsdp in ("true", "false"):  # type: ignore[has-type]
+            self.fsdp = self.fsdp == "true"  # type: ignore[has-type, assignment]
         super().__post_init__()
         for name in ("model", "data"):
             if getattr(self, name) is None:
