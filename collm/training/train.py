@@ -178,6 +178,11 @@ def _quantisation(arguments: TrainArguments) -> dict[str, Any]:
     import torch
     from transformers import BitsAndBytesConfig
 
+    if arguments.device.type == "cpu":
+        # Seen in 0.50: it trains there, with gradients that are silently wrong after the first evaluation.
+        raise ConfigurationError(
+            "mode qlora needs a GPU: the 4-bit kernels of bitsandbytes have no backward pass on CPUs. Take mode lora."
+        )
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigurationError("mode qlora needs bitsandbytes: pip install 'collm[qlora]', or take mode lora.")
     config = BitsAndBytesConfig(

@@ -81,6 +81,7 @@ def test_ddp(run, alone, tmp_path):
     same_training(tmp_path / "out", alone)
 
 
+@pytest.mark.slow
 def test_head_mode_with_two_processes(run, tmp_path):
     launch(tmp_path, options(run, tmp_path / "two", batch=2, mode="head", deferral_cost=0.1, ddp_backend="gloo"))
     train(TrainArguments(**options(run, tmp_path / "one", batch=2, mode="head", deferral_cost=0.1)))
@@ -146,6 +147,7 @@ FSDP = """
 """
 
 
+@pytest.mark.slow
 def test_fsdp2(tmp_path):
     """accelerate shards on accelerators only, so that here torch shards the model, without the Trainer."""
     program = tmp_path / "program.py"

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -16,7 +17,7 @@ from collm.data.collator import DataCollatorForCoLLM
 from collm.data.scoring import load_scored
 from collm.errors import ConfigurationError, DataFormatError
 from collm.training.arguments import TrainArguments
-from collm.training.train import merge_adapter, train
+from collm.training.train import load_model, merge_adapter, train
 
 
 @pytest.fixture(scope="module")
@@ -208,10 +209,11 @@ def test_wrong_options_are_refused_before_any_work(run, tmp_path):
         trained(run, tmp_path / "done", max_steps=1)
 
 
-def test_qlora_without_bitsandbytes_says_what_to_install(run, tmp_path):
-    import importlib.util
-
-    if importlib.util.find_spec("bitsandbytes"):
-        pytest.skip("bitsandbytes is installed")
-    with pytest.raises(ConfigurationError, match=r"pip install 'collm\[qlora\]'"):
+def test_qlora_says_what_it_needs(run, tmp_path, monkeypatch):
+    with pytest.raises(ConfigurationError, match=r"needs a GPU.*Take mode lora"):
         trained(run, tmp_path, mode="qlora")
+    arguments = TrainArguments(**settings(run, tmp_path, mode="qlora"))
+    if importlib.util.find_spec("bitsandbytes") is None:
+        monkeypatch.setattr(TrainArguments, "device", torch.device("cuda"))
+        with pytest.raises(ConfigurationError, match=r"pip install 'collm\[qlora\]'"):
+            load_model(arguments, ["assistant"])
