@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import subprocess
 import sys
@@ -62,8 +63,9 @@ def test_readme_program_runs(tmp_path, monkeypatch):
 
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     assert len(blocks) == 1
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", blocks[0]], cwd=tmp_path, capture_output=True, text=True
+        [sys.executable, "-c", blocks[0]], cwd=tmp_path, capture_output=True, text=True, env=one_thread
     )
     assert done.returncode == 0, done.stderr[-3000:]
     *_, deferred = done.stdout.strip().splitlines()
