@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,7 +101,7 @@ class Collaboration:
     """The options of one call, checked."""
 
     assistants: list[PreTrainedModel]
-    threshold: float
+    threshold: float | list[float]
     router: Router
     combiner: ResolvedCombiner
     speculate: bool
@@ -119,8 +119,8 @@ class CollaborativeGenerationMixin:
         self,
         *args: Any,
         assistant: PreTrainedModel | Sequence[PreTrainedModel] | None = None,
-        threshold: float | None = None,
-        deferral_rate: float | None = None,
+        threshold: float | Sequence[float] | None = None,
+        deferral_rate: float | Sequence[float] | None = None,
         router: Spec | None = None,
         combiner: Spec | None = None,
         speculate: bool | None = None,
@@ -138,10 +138,10 @@ class CollaborativeGenerationMixin:
         Args:
             assistant (`PreTrainedModel` or a list of K of them): in the order of the head's rows
                 (`config.deferral.assistants`). Any device, dtype or quantisation; the base's tokenizer.
-            threshold (`float`, *optional*): eta; the assistant writes where d_t > eta. 1 never asks, a negative one
-                always. Default `config.deferral.threshold`.
-            deferral_rate (`float`, *optional*): share of tokens to defer, turned into a threshold by the checkpoint's
-                calibration table. Not together with `threshold`.
+            threshold (`float` or a sequence of them, one for each prompt, *optional*): eta; the assistant writes where
+                d_t > eta. 1 never asks, a negative one always. Default `config.deferral.threshold`.
+            deferral_rate (`float` or a sequence, *optional*): share of tokens to defer, turned into a threshold by the
+                checkpoint's calibration table. Not together with `threshold`.
             router (`str`, `dict` or `Callable`, *optional*, defaults to `"learned"`): who is asked; see
                 [`~collm.decoding.routers`].
             combiner (`str`, `dict` or `Callable`, *optional*, defaults to `"assistant"`): what is written once an
@@ -245,7 +245,7 @@ def collaborate(
         num_assistants=len(collaboration.assistants),
         router=collaboration.router,
         combiner=collaboration.combiner,
-        threshold=collaboration.threshold,
+        threshold=_by_row(collaboration.threshold, len(prompts), copies),
         choice=Choice(
             sample=bool(generation_config.do_sample),
             seed=int(torch.randint(2**62, ())) if random else 0,
@@ -356,9 +356,13 @@ def _has_tokenizer(path: str) -> bool:
 
 
 def resolve_threshold(
-    model: Any, threshold: float | None, deferral_rate: float | None, router: Router = learned
-) -> float:
-    """eta: an explicit threshold, else the calibrated one of a deferral rate, else the checkpoint's.
+    model: Any,
+    threshold: float | Sequence[float] | None,
+    deferral_rate: float | Sequence[float] | None,
+    router: Router = learned,
+) -> float | list[float]:
+    """eta: an explicit threshold, else the calibrated one of a deferral rate, else the checkpoint's; a list where one
+    was given for each prompt.
 
     Raises:
         [`ConfigurationError`]: both are given. [`CalibrationError`]: the table does not answer `deferral_rate`.
@@ -372,10 +376,26 @@ def resolve_threshold(
         given = "threshold" if threshold is not None else "deferral_rate"
         warnings.warn(f"{given}= has no effect: this router has a cut or a rate of its own.", stacklevel=3)
     if threshold is not None:
-        return float(threshold)
+        return _each(float, threshold)
     if deferral_rate is not None and uses_threshold(router):
-        return model.config.deferral.threshold_for_rate(deferral_rate)
+        return _each(model.config.deferral.threshold_for_rate, deferral_rate)
     return model.config.deferral.threshold
+
+
+def _each(function: Callable[[float], float], value: float | Sequence[float]) -> float | list[float]:
+    values = torch.as_tensor(value, dtype=torch.float64).tolist()
+    return [function(v) for v in values] if isinstance(values, list) else function(values)
+
+
+def _by_row(threshold: float | list[float], rows: int, copies: int) -> float | list[float]:
+    """One threshold for each row; a prompt's copies (`num_return_sequences`) share its own."""
+    if not isinstance(threshold, list):
+        return threshold
+    if len(threshold) * copies != rows:
+        raise ConfigurationError(
+            f"{len(threshold)} thresholds or deferral rates for {rows // copies} prompts: pass one each, or a number."
+        )
+    return [eta for eta in threshold for _ in range(copies)]
 
 
 def resolve_speculation(base: Any, others: list[Any], speculate: bool | None) -> bool:

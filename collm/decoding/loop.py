@@ -143,7 +143,7 @@ class Decoder:
         num_assistants: int,
         router: Router,
         combiner: ResolvedCombiner,
-        threshold: float,
+        threshold: float | Sequence[float],
         choice: Choice,
         ending: Ending,
         gate: DraftGate | None = None,
@@ -245,9 +245,14 @@ class Decoder:
         logits: `(rows, vocabulary)`. deferral_logits: `(rows, K)`.
         """
         steps = [len(row.tokens) for row in rows]
+        threshold: float | Tensor
+        if isinstance(self.threshold, Sequence):  # one for each row
+            threshold = torch.tensor([self.threshold[row.index] for row in rows], device=logits.device)
+        else:
+            threshold = self.threshold
         context = RoutingContext(
             writer_probs=deferral_probabilities(deferral_logits),
-            threshold=self.threshold,
+            threshold=threshold,
             base_logits=logits,
             step=torch.tensor(steps, device=logits.device),
             uniform=torch.tensor(

@@ -55,7 +55,8 @@ class CollaborativeLogitsProcessor(LogitsProcessor):
         pad_token_id: int | None = None,
     ) -> None:
         self.router, self.combiner = resolve_router(router), resolve_combiner(combiner)
-        self.threshold = resolve_threshold(model, threshold, deferral_rate, self.router)
+        eta = resolve_threshold(model, threshold, deferral_rate, self.router)
+        self.threshold = torch.tensor(eta) if isinstance(eta, list) else eta
         self.readers = [reader_for(m, columns=256) for m in check_assistants(model, assistant)]
         self.read: list[dict[int, list[int]]] = [{} for _ in self.readers]
         self.pad_token_id, self.prompt_width, self.width = pad_token_id, 0, -1
