@@ -288,6 +288,16 @@ def test_an_assistant_may_have_another_dtype(dtype):
     assert out.stats["deferrals"][0] > 0
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_an_assistant_may_be_quantised():
+    base, _ = models("llama", 1)
+    linear = {torch.nn.Linear}
+    quantised = torch.ao.quantization.quantize_dynamic(tiny_model("llama", seed=10), linear, dtype=torch.qint8)
+    outputs = [generate(base, quantised, speculate=speculate) for speculate in (False, True)]
+    assert outputs[0].stats["deferrals"][0] > 0
+    assert torch.equal(outputs[0].sequences, outputs[1].sequences)
+
+
 @both_loops
 def test_an_assistant_may_read_its_own_prompt(speculate):
     from tests.decoding import oracle
