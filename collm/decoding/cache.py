@@ -242,7 +242,10 @@ class Reader:
         source = self._source(rows, ends, total)
         chunk = torch.arange(width) >= width - torch.tensor(sizes).unsqueeze(1)
         real = None if min(sizes) == width else chunk.flatten().nonzero().squeeze(1)
-        return _Plan(total - width, total, home=source[:, total - width :][chunk], real=real, source=source)
+        home = source[:, total - width :][chunk]
+        home, source = home.to(self.device), source.to(self.device)  # once, not in every layer
+        real = None if real is None else real.to(self.device)
+        return _Plan(total - width, total, home=home, real=real, source=source)
 
     def _free_slot(self) -> int:
         taken = set(self._slot.values())
@@ -255,7 +258,7 @@ class Reader:
     def _align(self, rows: list[int]) -> None:
         """Move all rows of the buffer into the first slots, so that they end in one column."""
         length = max(self.length[row] for row in rows)
-        self._cache.move(self._source(rows, [self._end[row] for row in rows], length))
+        self._cache.move(self._source(rows, [self._end[row] for row in rows], length).to(self.device))
         self._slot = {row: i for i, row in enumerate(rows)}
         self._end = dict.fromkeys(rows, length)
 
