@@ -1,17 +1,16 @@
 """Throughput of two collaborating vLLM engines against four references, on the same machine, models and prompts.
 
-    python -m benchmarks.serving.throughput collaboration     # ours, its floor, and the hand-off overhead
-    python -m benchmarks.serving.throughput protocol          # ours, and the published protocol
-    python -m benchmarks.serving.throughput alone             # ours, and the assistant alone on all cores
+    python -m benchmarks.serving.throughput collaboration protocol alone
 
 collaboration  the floor: the same chunks replayed on each engine alone, without waiting for the other. At concurrency 1
                the two cannot overlap, so the floor is the sum of both times; at 32 it is the slower engine's.
 protocol       what the paper's code does: for every token an HTTP request with the whole text, no session, no prefix
                cache, and the full vocabulary's log-probabilities as JSON, from the same engines.
-alone          the assistant writes everything, in one vLLM engine on all cores.
+alone          the assistant writes everything, in one vLLM engine on all cores. Ours twice: both engines on all cores
+               (at low concurrency only one of them works at a time), and each on its own half.
 
 Engines: bfloat16, eager, no prefix cache. The router is the base's entropy at a cut, so that no training is involved;
-every request writes exactly `tokens` tokens. The last line of standard output is one JSON object.
+every request writes exactly `tokens` tokens. The last line of standard output is one JSON object for each part.
 """
 
 from __future__ import annotations
@@ -107,9 +106,13 @@ def handoff_overhead(answers, base_step: float, assistant_step: float) -> dict[s
     }  # fmt: skip
 
 
-async def run_collaboration(options) -> dict[str, Any]:
+def pair():
+    """Base and assistant, each on its own half of the cores."""
     own, others, _ = halves()
-    base, helper = engine(base_checkpoint(), own), engine(str(MODELS / ASSISTANT), others)
+    return engine(base_checkpoint(), own, max_logprobs=-1), engine(str(MODELS / ASSISTANT), others, max_logprobs=-1)
+
+
+async def run_collaboration(options, base, helper) -> dict[str, Any]:
     texts = prompts(64)
     await collaboration_run(base, helper, texts[:2], 8, options.cut, 2)  # warm
     results: dict[str, Any] = {}
@@ -126,8 +129,6 @@ async def run_collaboration(options) -> dict[str, Any]:
         if concurrency == 1:
             steps = await step_time(base, texts[0]), await step_time(helper, texts[0])
             results["handoff"] = handoff_overhead(answers, *steps)
-    await base.close()
-    await helper.close()
     return results
 
 
@@ -186,19 +187,15 @@ async def published_run(url, texts, tokens, cut, concurrency) -> dict[str, Any]:
             "deferral_rate": sum(d for _, d in answers) / total, "answers": answers}  # fmt: skip
 
 
-async def run_protocol(options) -> dict[str, Any]:
-    own, others, _ = halves()
-    limits = {"max_logprobs": -1, "enable_prefix_caching": False}
-    base, helper = engine(base_checkpoint(), own, **limits), engine(str(MODELS / ASSISTANT), others, **limits)
+async def run_protocol(options, base, helper) -> dict[str, Any]:
     server = completions_server({"base": base, "assistant": helper})
     serving = asyncio.create_task(server.serve())
     while not server.started:
         await asyncio.sleep(0.05)
     url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
     texts = prompts(64)
-    await collaboration_run(base, helper, texts[:2], 4, options.cut, 2)
     results: dict[str, Any] = {}
-    for concurrency, count, tokens in ((1, 2, 6), (8, 8, 4), (32, 32, 2)):
+    for concurrency, count, tokens in options.protocol_loads:
         theirs = await published_run(url, texts[:count], tokens, options.cut, concurrency)
         same = await collaboration_run(base, helper, texts[:count], tokens, options.cut, concurrency)
         ours = await collaboration_run(base, helper, texts[:count], options.tokens, options.cut, concurrency)
@@ -211,8 +208,6 @@ async def run_protocol(options) -> dict[str, Any]:
         }  # fmt: skip
     server.should_exit = True
     await serving
-    await base.close()
-    await helper.close()
     return results
 
 
@@ -235,29 +230,45 @@ async def run_alone(options) -> dict[str, Any]:
         seconds, counts = await at_once(concurrency, [lambda p=p: plain(whole, p) for p in texts[:count]])
         results[f"concurrency_{concurrency}"] = {"assistant_alone": sum(counts) / seconds}
     await whole.close()
-    base, helper = engine(base_checkpoint(), own), engine(str(MODELS / ASSISTANT), others)
-    await collaboration_run(base, helper, texts[:2], 8, options.cut, 2)
-    for concurrency, count in options.loads:
-        ours = await collaboration_run(base, helper, texts[:count], options.tokens, options.cut, concurrency)
-        ours.pop("answers")
-        row = results[f"concurrency_{concurrency}"]
-        row |= {"ours": ours, "ratio": ours["tokens_per_second"] / row["assistant_alone"]}
-    await base.close()
-    await helper.close()
+    for placement, cores in (("shared_cores", (every, every)), ("own_cores", (own, others))):
+        base, helper = engine(base_checkpoint(), cores[0]), engine(str(MODELS / ASSISTANT), cores[1])
+        await collaboration_run(base, helper, texts[:2], 8, options.cut, 2)
+        for concurrency, count in options.loads:
+            if placement == "shared_cores" and concurrency > 4:
+                continue  # two engines at work at once, on the same cores, wait for each other in every operation
+            ours = await collaboration_run(base, helper, texts[:count], options.tokens, options.cut, concurrency)
+            ours.pop("answers")
+            row = results[f"concurrency_{concurrency}"]
+            row[placement] = {**ours, "ratio": ours["tokens_per_second"] / row["assistant_alone"]}
+        await base.close()
+        await helper.close()
     return results
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("collaboration", "protocol", "alone"))
+    parser.add_argument("what", nargs="+", choices=("collaboration", "protocol", "alone"))
     parser.add_argument("--tokens", type=int, default=48, help="tokens of each answer")
     parser.add_argument("--cut", type=float, default=0.5, help="the entropy above which the base defers, nats")
     parser.add_argument(
         "--loads", type=json.loads, default=[[1, 3], [4, 8], [32, 32]], help="[[concurrency, requests], ..]"
     )
+    parser.add_argument("--protocol-loads", type=json.loads, default=[[8, 8, 3], [1, 1, 6], [32, 32, 1]],
+                        help="[[concurrency, requests, tokens], ..]")  # fmt: skip
     options = parser.parse_args()
-    run = {"collaboration": run_collaboration, "protocol": run_protocol, "alone": run_alone}[options.what]
-    finish(options.what, vars(options), asyncio.run(run(options)))
+    asyncio.run(measure(options))
+
+
+async def measure(options) -> None:
+    together = {"collaboration": run_collaboration, "protocol": run_protocol}
+    if wanted := [name for name in together if name in options.what]:
+        base, helper = pair()
+        for name in wanted:
+            finish(name, vars(options), await together[name](options, base, helper))
+        await base.close()
+        await helper.close()
+    if "alone" in options.what:
+        finish("alone", vars(options), await run_alone(options))
 
 
 if __name__ == "__main__":
