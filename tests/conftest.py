@@ -77,7 +77,7 @@ def tiny_collm(architecture: str = "llama", seed: int = 0, num_assistants: int =
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """Word-level tokenizer of `VOCAB_SIZE` entries: `<pad> <s> </s> <unk>`, digits, some words; with a chat template."""
+    """Word-level tokenizer of `VOCAB_SIZE` entries (`<pad> <s> </s> <unk>`, digits, words) with a chat template."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     words = ["<pad>", "<s>", "</s>", "<unk>", *"0123456789", *"+-*/=.,?!:;#", "\n", "user", "assistant", "system"]
@@ -133,3 +133,12 @@ def save_plain(model: PreTrainedModel, folder, with_tokenizer: bool = True) -> s
     if with_tokenizer:
         tiny_tokenizer().save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture(scope="module")
+def server():
+    """A server of tiny models on loopback, for a whole file."""
+    from tests.serving.running import running
+
+    with running() as one:
+        yield one

@@ -13,7 +13,7 @@ from collm.engines.transformers import TransformersEngine
 from collm.errors import AssistantError
 from tests.conftest import tiny_collm, tiny_tokenizer
 from tests.engines.oracle import oracle
-from tests.serving.conftest import running
+from tests.serving.running import running
 
 
 def remote_assistant():

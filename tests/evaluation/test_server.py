@@ -8,7 +8,7 @@ import pytest
 from collm.errors import AssistantError
 from collm.evaluation.runner import ModelWriter, generate_all, make_problems
 from collm.evaluation.server import ServerWriter
-from tests.serving.conftest import running
+from tests.serving.running import running
 
 ROWS = [{"prompt": f"w{i} " * (1 + i % 3) + "="} for i in range(5)]
 

@@ -16,7 +16,7 @@ from collm.engines.transformers import TransformersEngine
 from collm.serving.service import Limits
 from tests.conftest import tiny_model, tiny_tokenizer
 from tests.engines.oracle import oracle
-from tests.serving.conftest import running
+from tests.serving.running import running
 
 PROMPT = "w1 w2 3 + 4 ="
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from collm.serving.service import Limits
-from tests.serving.conftest import running
+from tests.serving.running import running
 
 schemathesis = pytest.importorskip("schemathesis")
 

@@ -6,7 +6,6 @@ import contextlib
 import threading
 import time
 
-import pytest
 import uvicorn
 
 from collm.configuration import DeferralConfig
@@ -58,9 +57,3 @@ def running(num_assistants=1, helpers=None, limits=None, app=None, **options):
         yield server
     finally:
         server.stop()
-
-
-@pytest.fixture(scope="module")
-def server():
-    with running() as one:
-        yield one
