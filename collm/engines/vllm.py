@@ -104,6 +104,8 @@ class VLLMSession:
         while finish is None:
             output = await self._next_output()
             tokens, finish = list(output.token_ids), output.finish_reason
+            if finish not in _FINISH:  # "abort", "error"
+                raise AssistantError(f"{self._engine.name} gave a session up: {finish}.")
             scores = [self._score(entry, head_ids) for entry in output.logprobs] if report else None
             probs = [d for d, _ in scores] if scores is not None else None
             if finish is not None and tokens[-1] in gate_ids:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -34,10 +35,11 @@ def free_port():
 
 def start(*arguments):
     port = free_port()
-    command = [sys.executable, "-m", "collm.cli", "serve", "--port", str(port), "--engine", "transformers", *arguments]
+    engine = [] if "--engine" in arguments else ["--engine", "transformers"]
+    command = [sys.executable, "-m", "collm.cli", "serve", "--port", str(port), *engine, *arguments]
     process = subprocess.Popen(command, env={**os.environ, "HF_HUB_OFFLINE": "1"}, stderr=subprocess.STDOUT)
     url = f"http://127.0.0.1:{port}"
-    for _ in range(600):
+    for _ in range(1800):
         if process.poll() is not None:
             raise AssertionError(f"the server exited with {process.returncode}")
         try:
@@ -68,6 +70,31 @@ def test_a_server_whose_assistant_is_another_server(folders):
     finally:
         codes = [stop(near), stop(remote)]
     assert all(code in (0, -signal.SIGTERM) for code in codes)
+
+
+@pytest.mark.vllm
+def test_a_server_of_two_vllm_engines(tmp_path):
+    """From folders to an answer, a stream and a clean end, as a user starts it."""
+    from tests.vllm_plugin.support import ENGINE, save_assistant, save_base
+
+    base_folder, base = save_base(tmp_path / "base", "llama")
+    helper_folder, helper = save_assistant(tmp_path / "helper", "llama", 1)
+    arguments = json.dumps({k: v for k, v in ENGINE.items() if k != "dtype"})
+    process, url = start(
+        "--model", base_folder, "--assistant", helper_folder, "--engine", "vllm", "--dtype", "float32",
+        "--engine-args", arguments, "--assistant-engine-args", arguments, "--served-model-name", "pair",
+    )  # fmt: skip
+    try:
+        body = {"model": "pair", "prompt": [5, 6, 7], "max_tokens": 24, "temperature": 0, "return_source": True}
+        choice = httpx.post(url + "/v1/completions", json=body, timeout=60).json()["choices"][0]
+        truth = oracle(base, [helper], [5, 6, 7], 24, 0.5, stop_ids={2})
+        assert (choice["token_ids"], choice["source"]) == (truth.tokens, truth.source)
+        with httpx.stream("POST", url + "/v1/completions", json={**body, "stream": True}, timeout=60) as stream:
+            lines = [line for line in stream.iter_lines() if line]
+        assert lines[-1] == "data: [DONE]"
+        assert [t for line in lines[:-1] for t in json.loads(line[6:])["choices"][0]["token_ids"]] == truth.tokens
+    finally:
+        assert stop(process) in (0, -signal.SIGTERM)
 
 
 def test_assistants_that_do_not_fit_are_refused_before_any_engine_starts(folders, tmp_path):
