@@ -39,8 +39,8 @@ HERE = Path(__file__).parent
 # What the table compares: what the head sees, and the price of a deferred token in nats.
 ABLATIONS = [
     (features, cost)
-    for features in (["hidden"], ["uncertainty"], ["hidden", "uncertainty"])
-    for cost in (0.0, 0.1, 0.2, 0.5)
+    for features in (["hidden", "uncertainty"], ["hidden"])  # the paper's: hidden
+    for cost in (0.2, 0.0)  # the paper's: 0
 ]
 CHOSEN = (["hidden", "uncertainty"], 0.2)
 
@@ -55,11 +55,11 @@ def main() -> None:
     scored = score_dataset(dataset, tokenizer, settings, arguments.work / arguments.targets, 2048, report)
 
     # 2. The head, once for each ablation; the base reads the text once for each choice of features.
-    table, kept = [], None
+    collator, table, kept = DataCollatorForCoLLM(tokenizer.pad_token_id), [], None
     for features, cost in ABLATIONS:
         model = load(arguments, features, cost)
         cache = arguments.work / f"{arguments.targets}-{'-'.join(features)}"
-        trained = train_head(model, scored, DataCollatorForCoLLM(tokenizer.pad_token_id), cache, held_out=arguments.held_out)
+        trained = train_head(model, scored, collator, cache, held_out=arguments.held_out)
         print(f"{'+'.join(features):20} c = {cost}: {trained}", flush=True)
         table.append({"features": features, **asdict(trained)})
         if (features, cost) == CHOSEN:
@@ -69,7 +69,7 @@ def main() -> None:
 
     # 3. A threshold for the asked share of tokens, from the training text (`collm calibrate` does this on what the pair
     #    writes), and a checkpoint of a few kilobytes.
-    targets = cache_targets(model, scored, DataCollatorForCoLLM(tokenizer.pad_token_id), cache)
+    targets = cache_targets(model, scored, collator, cache)
     probabilities = torch.sigmoid(model.deferral_head(model.standardise(targets.features))).flatten()
     model.config.deferral.threshold = float(probabilities.quantile(1 - arguments.rate))
     model.save_pretrained(arguments.work / f"checkpoint-{arguments.targets}")
