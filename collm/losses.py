@@ -189,7 +189,9 @@ def uncertainty_features(logits: Tensor) -> Tensor:
 def _uncertainty(logprobs: Tensor, top: Tensor) -> Tensor:
     """[`uncertainty_features`] `(rows, 4)` from log-probabilities `(rows, vocabulary)` and their maxima `(rows,)`."""
     blocks = logprobs.split(_rows_per_block(logprobs))
-    entropy = -torch.cat([block.exp().mul_(block).nansum(-1) for block in blocks])  # nansum: 0 * log 0 is nan
+    scratch = torch.empty_like(blocks[0])  # one for all blocks: a new one for each would leave the heap in pieces
+    products = (torch.exp(block, out=scratch[: len(block)]).mul_(block) for block in blocks)
+    entropy = -torch.cat([product.nansum(-1) for product in products])  # nansum: 0 * log 0 is nan
     log_entropy = entropy.clamp_min(SMALLEST_UNCERTAINTY).log()
     log_rest = (-torch.expm1(top)).clamp_min(SMALLEST_UNCERTAINTY).log()
     return torch.stack([entropy.clamp_min(0.0), log_entropy, top.exp(), log_rest], dim=-1).float()
