@@ -127,14 +127,12 @@ def data_fingerprint(rows: Iterable[Mapping[str, Any]]) -> str:
 
 def weights_fingerprint(model: Any) -> str:
     """Hash of the beginning of every parameter: cheap, and other after any training."""
-    import torch
-
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         beginning = parameter.detach().flatten()[:64]
         if beginning.is_floating_point():
             beginning = beginning.float()
-        digest.update(name.encode() + torch.Tensor.cpu(beginning).numpy().tobytes())
+        digest.update(name.encode() + beginning.cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

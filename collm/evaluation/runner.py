@@ -117,6 +117,8 @@ class ModelWriter:
         inputs = left_padded([problem.prompt_ids for problem in problems], self._pad, self.model.device)
         torch.manual_seed(self.seed + problems[0].id)
         options = {"max_new_tokens": self.max_new_tokens, "do_sample": False, "pad_token_id": self._pad, **self.options}
+        # Distributions as the models have them: many checkpoints bring a penalty of their own, engines apply none.
+        options["repetition_penalty"] = 1.0
         if not options["do_sample"]:
             options |= {"temperature": None, "top_p": None, "top_k": None}  # an instruct model's defaults for sampling
         if self.assistants:

@@ -83,6 +83,19 @@ def test_the_writer_alone_is_the_models_own_generate(tokenizer):
         assert generation.deferral_probs == []
 
 
+@pytest.mark.filterwarnings("ignore:.*generation flags:UserWarning")
+def test_settings_that_a_checkpoint_brings_for_chatting_do_not_change_an_evaluation(tokenizer):
+    problems = make_problems(ROWS, tokenizer)
+    plain, chatty = tiny_collm(), tiny_collm()
+    chatty.generation_config.update(repetition_penalty=1.5, do_sample=True, top_k=3, temperature=0.7)
+    for assistants in ((), [tiny_model(seed=5)]):
+        texts = [
+            [g.token_ids for g in generate_all(ModelWriter(m, tokenizer, assistants, {}, 10), problems)]
+            for m in (plain, chatty)
+        ]
+        assert texts[0] == texts[1]
+
+
 def test_what_the_store_holds_is_not_written_again(tokenizer, tmp_path):
     problems = make_problems(ROWS, tokenizer)
     asked: list[int] = []
