@@ -7,7 +7,10 @@ when a stand-in turns out wrong: what follows it is discarded. Its gain when all
 With s the probability that all stand-ins are right, a and b the cost of an assistant pass and a base step, and 1 / r
 tokens from one deferral to the next, it pays to draft on where
 
-    s a > (1 - s) b / r        that is        s > 1 / (1 + r a / b).
+    s (a - b) > (1 - s) b / r        that is        s > 1 / (1 + r (a / b - 1)).
+
+a - b and not a is won, because asking at once gains a base step when all are right: the assistant has then read as far
+as the base, and the base reads along what it expects next.
 
 **Reading along.** A base step reads one token and costs hardly more for a few. So the base reads, behind the token
 that is certain, tokens that are likely to follow ([`ReadAhead`]): what the assistant expects where it has read as far,
@@ -83,7 +86,7 @@ class DraftGate:
 
     def is_open(self, survival: float) -> bool:
         """Whether to draft on when all stand-ins are right with probability `survival`."""
-        return survival > 1 / (1 + self.deferrals / self.tokens * self.cost_ratio)
+        return survival > 1 / (1 + self.deferrals / self.tokens * max(self.cost_ratio - 1, 0))
 
     def _bin(self, probability: float) -> int:
         return min(int(probability * len(self.seen)), len(self.seen) - 1)
