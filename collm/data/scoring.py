@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from collm.data.formatting import FormatReport
 
 SCORES_FILE = "collm_scores.json"
+COLUMNS = {"input_ids", "labels", "assistant_input_ids", "assistant_labels"}
 LAYOUT = ("device_map", "tensor_parallel_size")  # where an assistant runs, not what it says
 LOGITS_PER_CHUNK = 2**25  # 128 MiB in float32, 220 positions of a vocabulary of 152k
 
@@ -218,10 +219,12 @@ def score_dataset(
     from accelerate import PartialState
     from datasets import load_from_disk
 
-    output, partial = Path(output_dir), Path(f"{output_dir}.partial")
+    output, partial = Path(output_dir), _partial(output_dir)
     settings = [AssistantSettings(a) if isinstance(a, str) else a for a in assistants]
     if not settings or batch_tokens < 1:
         raise ConfigurationError("Scoring needs at least one assistant and a positive batch_tokens.")
+    if len(dataset) == 0:
+        raise DataFormatError("The data set has no rows.")
     tokenizer = load_tokenizer(tokenizer)
     for assistant in settings:
         check_same_tokenizer(tokenizer, assistant.name)
@@ -283,9 +286,7 @@ def load_scored(
 
     file = Path(path) / SCORES_FILE
     if not file.is_file():
-        unfinished = (
-            " Scoring was not finished: run the same `collm score` again." if Path(f"{path}.partial").exists() else ""
-        )
+        unfinished = " Scoring was not finished: run the same `collm score` again." if _partial(path).exists() else ""
         raise DataFormatError(f"{path} is not a scored data set (no {SCORES_FILE}).{unfinished}")
     scores = json.loads(file.read_text(encoding="utf-8"))
     if tokenizer is not None and tokenizer_fingerprint(load_tokenizer(tokenizer)) != scores["tokenizer"]:
@@ -366,6 +367,11 @@ def _ask(scorer: Scorer, name: str, batch: dict[str, list[list[int]]]) -> tuple[
     return logprobs, correct
 
 
+def _partial(output: str | os.PathLike) -> Path:
+    path = Path(output).absolute()
+    return path.with_name(f"{path.name}.partial")
+
+
 def _shard(folder: Path, number: int) -> Path:
     return folder / f"{number:07d}.safetensors"
 
@@ -426,7 +432,7 @@ def _weights_fingerprint(name: str, config: Any) -> str:
 def _data_fingerprint(dataset: Dataset) -> str:
     digest = hashlib.sha256()
     for batch in dataset.with_format("arrow").iter(1000):
-        for name in sorted(batch.column_names):
+        for name in sorted(COLUMNS & set(batch.column_names)):
             digest.update(f"\n{name}\n".encode())
             for numbers in _numbers(batch[name]):
                 digest.update(numbers.astype(np.int64).tobytes())

@@ -178,6 +178,15 @@ def test_a_padded_vocabulary_of_another_size_is_fine(tmp_path):
     assert_scores_equal_oracle(scored, 0, AutoModelForCausalLM.from_pretrained(padded))
 
 
+def test_other_columns_and_a_trailing_slash_change_nothing(checkpoints, tmp_path):
+    data = formatted(4)
+    plain = score_dataset(data, tiny_tokenizer(), checkpoints[:1], tmp_path / "plain")
+    more = data.add_column("id", ["a", "b", "c", "d"]).select([0, 1, 2, 3])
+    scored = score_dataset(more, tiny_tokenizer(), checkpoints[:1], f"{tmp_path}/new/folder/")
+    assert scored.to_list() == plain.to_list()
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["folder"]
+
+
 # ---- Plan
 
 
@@ -259,6 +268,8 @@ def test_unformatted_data_and_foreign_folders(checkpoints, tmp_path):
     (tmp_path / "mine" / "thesis.tex").write_text("x")
     with pytest.raises(ConfigurationError, match="exists and is not a scored data set"):
         score_dataset(formatted(2), tiny_tokenizer(), checkpoints, tmp_path / "mine")
+    with pytest.raises(DataFormatError, match="has no rows"):
+        score_dataset(formatted(2).select([]), tiny_tokenizer(), checkpoints, tmp_path / "out")
     with pytest.raises(ConfigurationError, match="at least one assistant"):
         score_dataset(formatted(2), tiny_tokenizer(), [], tmp_path / "out")
 
