@@ -22,7 +22,7 @@ from collm.losses import (
 
 from .cache import cache_targets
 from .distributed import from_main_process, processes
-from .solver import Solution, head_logits, roc_auc, solve_head
+from .solver import Solution, head_logits, roc_auc, solve_head, solving_device
 from .targets import Collator, TargetData, collect_targets, deferral_model
 from .zinit import ZInitialization, copy_standardisation, fit_pseudo_labels, write_head
 
@@ -161,7 +161,7 @@ def _solve(
     max_iterations: int,
     progress: bool,
 ) -> Solution:
-    deferral, device, N = collm.config.deferral, collm.device, len(data)
+    deferral, device, N = collm.config.deferral, solving_device(collm.device), len(data)
     base, assistants = data.base_logprobs.to(device), data.assistant_logprobs.to(device)
     labels = deferral_labels(
         data.base_correct, data.assistant_correct, data.assistant_logprobs, method, ignore_both_wrong

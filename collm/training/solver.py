@@ -131,6 +131,11 @@ def solve_head(
     return Solution(weight[:, : features.shape[1]], weight[:, -1] if bias else None, loss, len(evaluations) + 1)
 
 
+def solving_device(device: torch.device) -> torch.device:
+    """Where to solve for a model on `device`: there if it computes in float64, else on the CPU."""
+    return device if device.type == "cuda" else torch.device("cpu")
+
+
 def head_logits(features: Tensor, head: Solution, prepare: Callable[[Tensor], Tensor]) -> Tensor:
     """Logits `(N, K)`, float64 on the CPU, of a solution on features `(N, F)`, chunk by chunk."""
     chunks = [prepare(chunk).double() @ head.weight.T for chunk in features.split(CHUNK)]

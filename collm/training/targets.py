@@ -55,10 +55,13 @@ class TargetData:
         return cls(**{f.name: torch.cat([getattr(part, f.name) for part in parts]) for f in dataclasses.fields(cls)})
 
     def split(self, held_out: float) -> tuple[TargetData, TargetData]:
-        """All but the last `held_out` share of the rows, in the order in which they were collected, and that share."""
-        rows = self.rows.unique_consecutive()
-        is_held_out = torch.isin(self.rows, rows[len(rows) - int(len(rows) * held_out) :])
-        return self[~is_held_out], self[is_held_out]
+        """All but the last `held_out` share of the rows, in the order in which they were collected, and that share.
+
+        Both are views: memory-mapped features stay on disk.
+        """
+        counts = self.rows.unique_consecutive(return_counts=True)[1]
+        tokens = int(counts[: len(counts) - int(len(counts) * held_out)].sum())
+        return self[:tokens], self[tokens:]
 
 
 def collect_targets(

@@ -19,7 +19,7 @@ from collm.errors import ConfigurationError, did_you_mean
 from collm.losses import deferral_labels, log_deferral_probabilities
 
 from .distributed import from_main_process
-from .solver import Solution, head_logits, roc_auc, solve_head
+from .solver import Solution, head_logits, roc_auc, solve_head, solving_device
 from .targets import Collator, TargetData, collect_targets, deferral_model
 
 logger = logging.getLogger(__name__)
@@ -181,7 +181,7 @@ def _solve(collm: Any, data: TargetData, labels: Tensor, weights: Tensor, l2: fl
             len(labels), "the base" if not (present > 0).any() else "an assistant",
         )  # fmt: skip
         return None
-    deferral, device = collm.config.deferral, collm.device
+    deferral, device = collm.config.deferral, solving_device(collm.device)
     labels, weights = labels.to(device), weights.to(device, torch.float64)
     total = weights[labels[labels >= 0]].sum()
 
