@@ -106,7 +106,7 @@ def _team(models: ModelOptions, data: DataOptions, options: EvalOptions, argumen
         tokenizer = load_tokenizer(models.checkpoint)
         written: Any = ServerWriter(options.server, tokenizer, arguments, data.max_new_tokens, data.seed)
         names = [short_name(name) for name in (models.checkpoint, *models.assistant)]
-        return Team(None, tokenizer, names, written, [], [], {"server": written.model})
+        return Team(None, tokenizer, names, written, [], [], {"server": written.model}, [written])
     if options.alone == "assistant" and not models.assistant:
         raise ConfigurationError("--alone assistant needs --assistant NAME")
     if options.alone and models.engine == "transformers":
@@ -122,8 +122,9 @@ def _team(models: ModelOptions, data: DataOptions, options: EvalOptions, argumen
         k = ("base", "assistant").index(options.alone)
         team.writer, team.names, team.parameters = team.alone[k], team.names[k : k + 1], team.parameters[k : k + 1]
     else:
-        deferral = team.model.config.deferral
-        team.identity["deferral"] = {"threshold": deferral.threshold, "calibration": deferral.calibration}
+        deferral, rate = team.model.config.deferral, arguments.get("deferral_rate")
+        default = deferral.threshold if rate is None else deferral.threshold_for_rate(rate)
+        team.identity["threshold"] = arguments.get("threshold", default)
     team.writer = dataclasses.replace(team.writer, options=arguments)
     return team
 

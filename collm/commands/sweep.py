@@ -114,7 +114,7 @@ def _weak_supervision(
 
     assert options.weak_supervision is not None
     with closing(dataclasses.replace(models, checkpoint=options.weak_supervision).team(data)) as other:
-        second = dataclasses.replace(sweep, team=other, prefix="weak supervision: ")
+        second = dataclasses.replace(sweep, team=other, prefix="weak supervision ")
         points = second.points("learned", options.rates)
     sweep.texts.update(second.texts)
     return [{**point, "method": "weak supervision"} for point in points]

@@ -37,6 +37,7 @@ class Team:
         alone (`list[Writer]`): base and each assistant by themselves.
         parameters (`list[int]`): parameters of base and assistants.
         identity (`dict`): what its texts depend on, for [`GenerationStore`].
+        closes (`list`): writers whose engines or connections end with the team.
     """
 
     model: Any
@@ -46,11 +47,12 @@ class Team:
     alone: list[Writer]
     parameters: list[int]
     identity: dict[str, Any] = field(default_factory=dict)
+    closes: list[Any] = field(default_factory=list)
 
     def close(self) -> None:
         """Ends engines that were started for it."""
-        if not isinstance(self.writer, ModelWriter):
-            self.writer.close()
+        for writer in self.closes:
+            writer.close()
 
 
 def load_team(
@@ -125,6 +127,7 @@ def load_team(
         [*alone],
         [num_parameters(model), *(parameters_of(name) for name in names)],
         {"weights": weights, "dtype": dtype, "engine": engine},
+        [writer],
     )
 
 
