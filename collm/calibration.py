@@ -41,8 +41,8 @@ class Run:
         scores (`list[np.ndarray]`): for each text, the router's score of every token, float64; a token is asked about
         where
             its score exceeds the threshold. For the learned head the score is d_t.
-        asked (`list[int]`, *optional*): for each text, how many tokens were deferred in fact; by default, how many scores
-            exceed the threshold.
+        asked (`list[int]`, *optional*): for each text, how many tokens were deferred in fact; by default, how many
+            scores exceed the threshold.
         realised (`bool`, *optional*, defaults to `True`): whether the texts were generated at this threshold.
         References
             and the like start a calibration but prove no rate.

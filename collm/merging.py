@@ -15,7 +15,8 @@ TOLERANCE = 0.05  # of a deferral logit, in the checkpoint's own floating type
 @torch.no_grad()
 def merge_into_vocabulary(model: Any, tokenizer: Any) -> int:
     """
-    Turn a deferral model, in place, into the architecture's plain model whose logit of `<|defer|>` is the deferral logit.
+    Turn a deferral model, in place, into the architecture's plain model whose logit of `<|defer|>` is the deferral
+    logit.
 
     Whoever serves it must keep the token out of the text: it is a decision, not a word (`logit_bias={id: -100}` for the
     base alone; stop on it, and read its logit, to defer).
@@ -35,8 +36,8 @@ def merge_into_vocabulary(model: Any, tokenizer: Any) -> int:
     if deferral.num_assistants != 1 or deferral.features != ["hidden"] or deferral.bias:
         raise ConfigurationError(
             "a vocabulary row can express one assistant's linear head on the hidden state, without bias; this head has "
-            f"num_assistants={deferral.num_assistants}, features={deferral.features}, bias={deferral.bias}. Use collm's "
-            "vLLM plugin, which runs any head, or train one with --features hidden."
+            f"num_assistants={deferral.num_assistants}, features={deferral.features}, bias={deferral.bias}. Use "
+            "collm's vLLM plugin, which runs any head, or train one with --features hidden."
         )
     probe = torch.arange(1, 9, device=model.device).unsqueeze(0) % model.get_output_embeddings().weight.shape[0]
     expected = model(probe).deferral_logits[0, :, 0]
@@ -62,7 +63,7 @@ def merge_into_vocabulary(model: Any, tokenizer: Any) -> int:
     error = float((model(probe).logits[0, :, token].float() - expected).abs().max())
     if error > TOLERANCE * max(1.0, float(expected.abs().max())):
         raise UnsupportedModelError(
-            f"{type(model).__name__} changes logits behind its LM head (the deferral logit would be off by {error:.3g}): "
-            "its head cannot be a vocabulary row. Use collm's vLLM plugin."
+            f"{type(model).__name__} changes logits behind its LM head (the deferral logit would be off by "
+            f"{error:.3g}): its head cannot be a vocabulary row. Use collm's vLLM plugin."
         )
     return int(token)
