@@ -47,9 +47,9 @@ from .losses import (
     weak_supervision_loss,
 )
 
-# Logits that exist at once while a loss is computed: 256 MiB in float32, about 440 positions of a 150k vocabulary.
+# Logits that exist at once while a loss is computed: 128 MiB in float32, about 220 positions of a 150k vocabulary.
 # Fewer cost time (each chunk reads the LM head and adds to its gradient), more cost memory: benchmarks/loss.
-LOGITS_PER_CHUNK = 2**26
+LOGITS_PER_CHUNK = 2**25
 
 
 class TargetScores(NamedTuple):
