@@ -68,7 +68,9 @@ def signature(thing: object) -> str:
     if all(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) or p.name in ("config", "self") for p in parameters):
         return ""
     # Annotations are strings under `from __future__ import annotations`: shown without their quotes.
+    # A default that is a function would show its address, another one in every run.
     shown = [re.sub(r"(: |-> )'([^']*)'", r"\1\2", str(p)) for p in parameters]
+    shown = [re.sub(r"<function (\S+) at 0x\w+>", r"\1", p) for p in shown]
     line = ", ".join(shown)
     return f"({line})" if len(line) <= 100 else "(\n" + "".join(f"    {p},\n" for p in shown) + ")"
 
