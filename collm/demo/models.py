@@ -16,7 +16,7 @@ from .problems import LARGEST_RESULT, make_problem, make_worksheet
 
 BATCH_SIZE = 64
 LEARNING_RATE = 4e-3
-BASE_STEPS, ASSISTANT_STEPS = 700, 650
+BASE_STEPS, ASSISTANT_STEPS = 700, 1200
 
 
 def make_base(tokenizer: PreTrainedTokenizerFast, seed: int, progress: bool = True) -> LlamaForCausalLM:
