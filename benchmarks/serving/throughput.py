@@ -23,6 +23,11 @@ import statistics
 import time
 from typing import Any
 
+import uvicorn
+from fastapi import FastAPI
+from fastapi import Request as HTTPRequest
+from fastapi.responses import JSONResponse
+
 from benchmarks.serving.common import ASSISTANT, MODELS, at_once, base_checkpoint, engine, finish, halves, prompts
 from collm.engines.collaboration import Asked, Request, collaborate
 from collm.engines.session import Gate, Sampling
@@ -134,16 +139,13 @@ async def run_collaboration(options, base, helper) -> dict[str, Any]:
 
 def completions_server(engines: dict[str, Any]):
     """The paper's server: text in, one token and the log-probabilities of the whole vocabulary out, as JSON."""
-    import uvicorn
-    from fastapi import FastAPI
-    from fastapi.responses import JSONResponse
     from vllm import SamplingParams
     from vllm.inputs import TokensPrompt
 
     app = FastAPI()
 
     @app.post("/{name}")
-    async def generate(name: str, http: Request) -> JSONResponse:
+    async def generate(name: str, http: HTTPRequest) -> JSONResponse:
         body = await http.json()
         params = SamplingParams(max_tokens=1, temperature=0, logprobs=-1, detokenize=False, ignore_eos=True)
         request = engines[name].request_id()

@@ -31,6 +31,8 @@ from .sampling import ROUTER, TOKEN, gumbel, noise_key, uniform
 from .speculation import DraftGate, Lookup, ReadAhead
 
 BASE = 0
+# Of a batch's rows, how many must be blocked before their assistants are asked: one pass costs hardly more for several.
+ASK_SHARE = 0.5
 
 
 @dataclass
@@ -170,7 +172,8 @@ class Decoder:
         1. The base reads what it has not read of every row that may go on, and says what comes next.
         2. The router says who writes it. The base's tokens are written at once; a token of an assistant waits, and with
            a gate the base's own choice stands in for it.
-        3. Where a row may not go on, the assistants read what they missed of every row that waits, in one chunk each.
+        3. Where half of the rows may not go on, the assistants read what they missed of every row that waits, in one
+           chunk each.
         4. The first stand-in that its assistant does not choose is overwritten, what was drafted behind it discarded.
         5. Tokens that nothing waits in front of are decided: checked for an end, streamed. Finished rows leave.
         """
@@ -179,8 +182,10 @@ class Decoder:
             if ready := [row for row in live if not self.is_blocked(row)]:
                 self.base_step(ready)
             # 3. and 4.
-            if any(row.waiting and self.is_blocked(row) for row in live):
-                self.verify([row for row in live if row.waiting])
+            waiting = [row for row in live if row.waiting]
+            blocked = sum(map(self.is_blocked, waiting))
+            if blocked and (blocked >= ASK_SHARE * len(live) or all(map(self.is_blocked, live))):
+                self.verify(waiting)
             # 5.
             self.decide(live)
 

@@ -1,4 +1,4 @@
-"""The demonstration's two models, a fifth of a million parameters each, trained from random weights."""
+"""The demonstration's two models, a fifth and almost half a million parameters, trained from random weights."""
 
 from __future__ import annotations
 
@@ -14,9 +14,13 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from .problems import LARGEST_RESULT, make_problem, make_worksheet
 
-BATCH_SIZE = 64
+BASE_STEPS, ASSISTANT_STEPS = 700, 3000  # the assistant's at most: it is done when its sums are right
+WARM_UP, ANNEALING = 70, 300  # steps in which the learning rate rises, and falls
 LEARNING_RATE = 4e-3
-BASE_STEPS, ASSISTANT_STEPS = 700, 1200
+# Copying numbers is learned best from large batches, sums from many steps and with more dimensions.
+BASE = {"batch_size": 64}
+ASSISTANT = {"batch_size": 16, "enough": 0.1}
+ASSISTANT_CONFIG = {"hidden_size": 128, "intermediate_size": 384}
 
 
 def make_base(tokenizer: PreTrainedTokenizerFast, seed: int, progress: bool = True) -> LlamaForCausalLM:
@@ -30,22 +34,30 @@ def make_base(tokenizer: PreTrainedTokenizerFast, seed: int, progress: bool = Tr
         problem = make_problem(rng, knows_arithmetic=False)
         return problem.prompt + problem.solution + tokenizer.eos_token
 
-    return train_language_model(make_model(tokenizer, seed), tokenizer, text, BASE_STEPS, "base", progress=progress)
+    model = make_model(tokenizer, seed)
+    return train_language_model(model, tokenizer, text, BASE_STEPS, "base", **BASE, progress=progress)
 
 
 def make_assistant(tokenizer: PreTrainedTokenizerFast, seed: int, progress: bool = True) -> LlamaForCausalLM:
     """
-    A model of the same size that calculates but cannot read or write: it learns from worksheets, equations among words
-    in no order, and only the results count. Its number embeddings start as waves of the number's value, which makes
-    sums quick to learn (Zhou et al., *FoNE: Precise Single-Token Number Embeddings via Fourier Features*, 2025).
+    A model that calculates but cannot read or write: it learns from worksheets, equations among words in no order, and
+    only the results count. Its number embeddings start as waves of the number's value, which makes sums quick to learn
+    (Zhou et al., *FoNE: Precise Single-Token Number Embeddings via Fourier Features*, 2025).
     """
     rng = random.Random(f"assistant {seed}")
-    model = make_model(tokenizer, seed + 1)
+    model = make_model(tokenizer, seed + 1, **ASSISTANT_CONFIG)
     numbers = tokenizer.convert_tokens_to_ids([f" {number}" for number in range(LARGEST_RESULT + 1)])
     model.get_input_embeddings().weight.data[numbers, : 2 * len(PERIODS)] = waves(torch.arange(len(numbers)))
     equals = tokenizer.convert_tokens_to_ids(" =")
     return train_language_model(
-        model, tokenizer, lambda: make_worksheet(rng), ASSISTANT_STEPS, "assistant", after=equals, progress=progress
+        model,
+        tokenizer,
+        lambda: make_worksheet(rng),
+        ASSISTANT_STEPS,
+        "assistant",
+        **ASSISTANT,
+        after=equals,
+        progress=progress,
     )
 
 
@@ -58,23 +70,23 @@ def waves(numbers: Tensor) -> Tensor:
     return torch.stack([angles.cos(), angles.sin()], dim=-1).flatten(1)
 
 
-def make_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
-    """A Llama with 2 layers of 96 dimensions and random weights."""
+def make_model(tokenizer: PreTrainedTokenizerFast, seed: int, **options: float) -> LlamaForCausalLM:
+    """A Llama with 2 layers, 96 dimensions unless `options` say otherwise, and random weights."""
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=96,
-        intermediate_size=192,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=256,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return LlamaForCausalLM(config)
+    small = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 96,
+        "intermediate_size": 192,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": True,
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    return LlamaForCausalLM(LlamaConfig(**{**small, **options}))
 
 
 def train_language_model(
@@ -83,6 +95,8 @@ def train_language_model(
     text: Callable[[], str],
     steps: int,
     name: str,
+    batch_size: int,
+    enough: float = 0.0,
     after: int | None = None,
     progress: bool = True,
 ) -> LlamaForCausalLM:
@@ -93,13 +107,18 @@ def train_language_model(
         text (`Callable[[], str]`): Makes one training text.
         after (`int`, *optional*): If given, only tokens that follow this one are targets.
         name (`str`): Shown beside the progress bar.
+        batch_size (`int`): Texts of a step.
+        enough (`float`, *optional*, defaults to 0.0): A mean loss at which the learning rate begins to fall, ahead of
+            time.
     """
     optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.1)
-    bar = tqdm(range(steps), f"pretraining the {name}", unit="step", disable=None if progress else True)
+    bar = tqdm(total=steps, desc=f"pretraining the {name}", unit="step", disable=None if progress else True)
     model.train()
-    for _ in bar:
-        texts = [text() for _ in range(BATCH_SIZE)]
+    step, end, recent = 0, steps, math.inf
+    while step < end:
+        for group in optimizer.param_groups:
+            group["lr"] = LEARNING_RATE * min((step + 1) / WARM_UP, (end - step) / ANNEALING, 1)
+        texts = [text() for _ in range(batch_size)]
         ids = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")["input_ids"]
         targets = ids[:, 1:].masked_fill(ids[:, 1:] == tokenizer.pad_token_id, -100)
         if after is not None:
@@ -108,7 +127,13 @@ def train_language_model(
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        schedule.step()
         optimizer.zero_grad()
-        bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
+        step += 1
+        recent = loss.item() if math.isinf(recent) else 0.98 * recent + 0.02 * loss.item()
+        if recent < enough:
+            end = min(end, step + ANNEALING)
+            bar.total = end
+        bar.set_postfix_str(f"loss {recent:.3f}", refresh=False)
+        bar.update()
+    bar.close()
     return model.eval()

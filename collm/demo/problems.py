@@ -6,7 +6,7 @@ A problem is a story of two or three steps, and its solution writes each step as
     Mia has 23 marbles. She buys 18 more marbles. Then she gives 9 marbles to Ben. How many marbles does Mia have now?
     Mia starts with 23 marbles. Buying 18 makes 23 + 18 = 41. Giving away 9 makes 41 - 9 = 32. Answer: 32
 
-A worksheet is equations alone, between lines of a story that they have nothing to do with.
+A worksheet is equations alone, each behind words and numbers that have nothing to do with it.
 """
 
 from __future__ import annotations
@@ -102,15 +102,19 @@ def make_equation(rng: random.Random, left: int) -> tuple[int, str, int, int]:
 
 
 def make_worksheet(rng: random.Random, equations: int = 8) -> str:
-    """Equations about nothing, among words and numbers in no order: `Mia buys 23 makes. 71 - 12 = 59. box 7. ...`"""
-    lines = [
-        " ".join(rng.choice(WORDS) if rng.random() < 0.8 else str(rng.randint(0, LARGEST_RESULT)) for _ in range(size))
-        for size in (rng.randint(1, 8) for _ in range(rng.randint(0, 4)))
-    ]
+    """
+    Equations about nothing, behind words, numbers and signs in no order, so that no token is new to its reader:
+    ` Mia buys? 23 makes 71 - 12 = 59. box 7\nLeo 4 + 9 = 13. ...`
+    """
+    text = ""
     for _ in range(equations):
+        for _ in range(rng.randint(0, 8)):
+            before = rng.choices((" ", "? ", ": ", "\n"), (27, 1, 1, 1))[0]
+            is_word = before == "\n" or rng.random() < 0.8
+            text += before + (rng.choice(WORDS) if is_word else str(rng.randint(0, LARGEST_RESULT)))
         left, sign, right, result = make_equation(rng, rng.randint(0, LARGEST_RESULT))
-        lines.insert(rng.randint(0, len(lines)), f"{left} {sign} {right} = {result}")
-    return " ".join(f"{line}." for line in lines)
+        text += f" {left} {sign} {right} = {result}."
+    return text
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:

@@ -1,20 +1,24 @@
-"""A model of transformers in this process: needs nothing beside collm, and decodes one sequence at a time.
+"""A model of transformers in this process: needs nothing beside collm.
 
-Each session owns a KV cache; a single thread runs the steps of all sessions in turn, so that the event loop stays free.
-Where many requests come at once, use vLLM, which batches them.
+All sessions share one [`~collm.decoding.cache.Reader`], the KV cache that `generate` uses. A single thread runs its
+forwards, each over every session that waits for one by then, so that requests are batched as they come and the event
+loop stays free. vLLM does the same with paged memory and kernels of its own; use it where many requests come at once.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import itertools
 import random
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.generation.logits_process import (
     LogitsProcessorList,
     MinPLogitsWarper,
@@ -24,6 +28,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
+from collm.decoding.cache import Reading, reader_for
 from collm.decoding.sampling import TOKEN, gumbel, noise_key
 from collm.errors import AssistantError
 from collm.losses import deferral_probabilities, uncertainty_features
@@ -31,6 +36,16 @@ from collm.losses import deferral_probabilities, uncertainty_features
 from .session import Gate, Piece, Sampling
 
 DEFAULT_MAX_LENGTH = 4096  # where the checkpoint does not say
+MAX_BATCH = 64  # sessions in one forward
+
+
+@dataclass
+class _Step:
+    """A session that waits for its next token."""
+
+    session: TransformersSession
+    gate: Gate | None
+    future: asyncio.Future
 
 
 class TransformersEngine:
@@ -49,7 +64,11 @@ class TransformersEngine:
         self.max_length = min(max_length or limit, limit)
         self.vocab_size = model.config.get_text_config().vocab_size
         self.deferral = getattr(model.config, "deferral", None)
-        self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="collm-engine")
+        self.reader = reader_for(model, 0)
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="collm-engine")
+        self._names = itertools.count()
+        self._waiting: list[_Step] = []
+        self._worker: asyncio.Task | None = None
 
     @classmethod
     def load(
@@ -70,19 +89,73 @@ class TransformersEngine:
     def open(self, prompt_ids: Sequence[int], sampling: Sampling) -> TransformersSession:
         return TransformersSession(self, list(prompt_ids), sampling)
 
+    def row(self) -> int:
+        """A name for one more sequence."""
+        return next(self._names)
+
     async def healthy(self) -> bool:
         return True
 
     async def close(self) -> None:
-        self.thread.shutdown(wait=False, cancel_futures=True)
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    def drop(self, row: int) -> None:
+        """Free what a session holds, between two forwards."""
+        with contextlib.suppress(RuntimeError):  # closed: nothing is held any more
+            self._thread.submit(self.reader.drop, row)
+
+    async def step(self, session: TransformersSession, gate: Gate | None) -> Any:
+        """What `session.choose` returns, after the next forward."""
+        step = _Step(session, gate, asyncio.get_running_loop().create_future())
+        self._waiting.append(step)
+        if self._worker is None:
+            self._worker = asyncio.create_task(self._work())
+        return await step.future
+
+    async def _work(self) -> None:
+        """Run steps as long as somebody waits, as many of them together as wait by then."""
+        batch: list[_Step] = []
+        try:
+            while self._waiting:
+                batch, self._waiting = self._waiting[:MAX_BATCH], self._waiting[MAX_BATCH:]
+                batch = [step for step in batch if not step.future.done()]  # nor cancelled
+                results = await asyncio.get_running_loop().run_in_executor(self._thread, self._run, batch)
+                for step, result in zip(batch, results, strict=True):
+                    if isinstance(result, Exception) and not step.future.done():
+                        step.future.set_exception(result)
+                    elif not step.future.done():
+                        step.future.set_result(result)
+        except BaseException as error:  # the engine was closed, or the event loop ends
+            for step in [*batch, *self._waiting]:
+                if not step.future.done():
+                    step.future.set_exception(RuntimeError(f"stopped: {error}"))
+            self._waiting = []
+            if not isinstance(error, Exception):
+                raise
+        finally:
+            self._worker = None
+
+    def forward(self, rows: list[int], chunks: list[list[int]]) -> Reading:
+        """Read a chunk of each row; see [`~collm.decoding.cache.Reader`]."""
+        return self.reader.read(rows, chunks)
 
     @torch.inference_mode()
-    def forward(self, token_ids: list[int], cache: DynamicCache) -> tuple[Tensor, Tensor | None]:
-        """Read tokens; the next token's logits `(1, vocabulary)` and pi `(1, K + 1)`, both float32 on the CPU."""
-        inputs = torch.tensor([token_ids], device=self.model.device)
-        out = self.model(inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        probs = deferral_probabilities(out.deferral_logits[:, -1]).cpu() if self.deferral is not None else None
-        return out.logits[:, -1].float().cpu(), probs
+    def _run(self, batch: list[_Step]) -> list[Any]:
+        """One forward over what the sessions have not read, and their choices; a session's failure is its result."""
+        unread = [step.session for step in batch if step.session.unread]
+        try:
+            if unread:
+                reading = self.forward([s.row for s in unread], [s.unread for s in unread])
+                logits, probs = reading.logits[:, -1].float().cpu(), None
+                if reading.deferral_logits is not None:
+                    probs = deferral_probabilities(reading.deferral_logits[:, -1]).cpu()
+                for i, session in enumerate(unread):
+                    session.read(logits[i : i + 1], None if probs is None else probs[i : i + 1])
+            return [step.session.choose(step.gate) for step in batch]
+        except Exception as error:
+            if len(batch) == 1:
+                return [error]
+            return [result for step in batch for result in self._run([step])]  # whose failure is it?
 
 
 class TransformersSession:
@@ -93,7 +166,8 @@ class TransformersSession:
         self._tokens = prompt_ids
         self._computed = 0
         self._seen: tuple[Tensor, Tensor | None]
-        self._cache: DynamicCache | None = DynamicCache(config=engine.model.config)
+        self.row = engine.row()
+        self._closed = False
         self._bias = sampling.logit_bias
         self._seed = random.getrandbits(63) if sampling.seed is None else sampling.seed
         self._greedy = sampling.temperature == 0
@@ -110,8 +184,9 @@ class TransformersSession:
     ) -> AsyncIterator[Piece]:
         for left in range(max_tokens, 0, -1):
             try:
-                step = asyncio.get_running_loop().run_in_executor(self._engine.thread, self._step, gate)
-                token, d, assistant, asked = await step
+                if self._closed:
+                    raise AssistantError("the session is closed.")
+                token, d, assistant, asked = await self._engine.step(self, gate)
             except RuntimeError as error:
                 raise AssistantError(f"{self._engine.name} failed: {error}") from error
             probs = [d] if report else None
@@ -126,15 +201,20 @@ class TransformersSession:
                 return
 
     async def close(self) -> None:
-        self._cache = None
+        if not self._closed:
+            self._closed = True
+            self._engine.drop(self.row)
 
-    def _step(self, gate: Gate | None) -> tuple[int, float, int, bool]:
+    @property
+    def unread(self) -> list[int]:
+        return self._tokens[self._computed :]
+
+    def read(self, logits: Tensor, probs: Tensor | None) -> None:
+        """The next token's logits `(1, vocabulary)` and pi `(1, K + 1)`, both float32 on the CPU."""
+        self._seen, self._computed = (logits, probs), len(self._tokens)
+
+    def choose(self, gate: Gate | None) -> tuple[int, float, int, bool]:
         """The next token, d_t, the preferred assistant, and whether the gate is open; in the engine's thread."""
-        if self._cache is None:
-            raise AssistantError("the session is closed.")
-        if self._computed < len(self._tokens):
-            self._seen = self._engine.forward(self._tokens[self._computed :], self._cache)
-            self._computed = len(self._tokens)
         logits, probs = self._seen[0].clone(), self._seen[1]
         d = 1 - float(probs[0, 0]) if probs is not None else 0.0
         assistant = int(probs[0, 1:].argmax()) + 1 if probs is not None else 1

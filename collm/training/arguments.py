@@ -9,8 +9,8 @@ from transformers import TrainingArguments
 
 from collm.errors import ConfigurationError
 
-from .head import HEAD_L2
-from .zinit import DEFAULT_L2, DEFAULT_MAX_TOKENS
+from .solver import DEFAULT_L2
+from .zinit import DEFAULT_MAX_TOKENS
 
 FINISHED_FILE = "collm_training.json"
 
@@ -58,7 +58,7 @@ class TrainArguments(TrainingArguments):
     )
     bias: bool = field(default=False, metadata={"help": "give a new head a bias"})
     deferral_cost: float = field(
-        default=0.0, metadata={"help": "nats per deferred token added to the loss; 0 is the paper"}
+        default=0.2, metadata={"help": "nats per deferred token added to the loss; 0 is the paper"}
     )
     # Z-initialisation.
     z_initialization: bool = field(default=True, metadata={"help": "start the head from pseudo-labels"})
@@ -76,7 +76,7 @@ class TrainArguments(TrainingArguments):
     features_dir: str | None = field(
         default=None, metadata={"help": "where mode head caches features (default: OUTPUT_DIR/features)"}
     )
-    head_l2: float = field(default=HEAD_L2, metadata={"help": "penalty of the head in mode head"})
+    head_l2: float = field(default=DEFAULT_L2, metadata={"help": "penalty of the head in mode head"})
     head_held_out: float = field(default=0.1, metadata={"help": "share of the rows that mode head only measures on"})
     # Modes lora and qlora.
     lora_r: int = field(default=16, metadata={"help": "rank of the adapters"})

@@ -22,13 +22,11 @@ from collm.losses import (
 
 from .cache import cache_targets
 from .distributed import from_main_process, processes
-from .solver import Solution, head_logits, roc_auc, solve_head, solving_device
+from .solver import DEFAULT_L2, Solution, head_logits, roc_auc, solve_head, solving_device
 from .targets import Collator, TargetData, collect_targets, deferral_model
 from .zinit import ZInitialization, copy_standardisation, fit_pseudo_labels, write_head
 
 logger = logging.getLogger(__name__)
-
-HEAD_L2 = 1e-3
 
 
 @dataclass
@@ -79,7 +77,7 @@ def train_head(
     method: str = "a",
     ignore_both_wrong: bool = False,
     positive_weight: float | str = 8.0,
-    l2: float = HEAD_L2,
+    l2: float = DEFAULT_L2,
     held_out: float = 0.1,
     max_iterations: int = 300,
     batch_size: int = 8,
@@ -98,7 +96,7 @@ def train_head(
         dataset, collator, batch_size, seed: as in [`~collm.training.zinit.z_initialise`].
         cache_dir (`str`, *optional*): folder for the features; default: in memory.
         method, ignore_both_wrong, positive_weight: of the Z-initialisation.
-        l2 (`float`, *optional*, defaults to 0.001): penalty of both steps, see [`~collm.training.solver.solve_head`].
+        l2 (`float`, *optional*, defaults to 0.1): penalty of both steps, see [`~collm.training.solver.solve_head`].
         held_out (`float`, *optional*, defaults to 0.1): share of the rows that is only measured on.
         max_iterations (`int`, *optional*, defaults to 300): of L-BFGS.
 

@@ -19,14 +19,13 @@ from collm.errors import ConfigurationError, did_you_mean
 from collm.losses import deferral_labels, log_deferral_probabilities
 
 from .distributed import from_main_process
-from .solver import Solution, head_logits, roc_auc, solve_head, solving_device
+from .solver import DEFAULT_L2, Solution, head_logits, roc_auc, solve_head, solving_device
 from .targets import Collator, TargetData, collect_targets, deferral_model
 
 logger = logging.getLogger(__name__)
 
 BALANCES = ("balanced", "sqrt_balanced")
 DEFAULT_MAX_TOKENS = 65536
-DEFAULT_L2 = 1e-3
 
 
 @dataclass
@@ -93,7 +92,7 @@ def z_initialise(
             in the paper's code; `"balanced"` gives each assistant's tokens the base's total weight, `"sqrt_balanced"`
             the square root of that factor.
         max_tokens (`int`, *optional*, defaults to 65536): target tokens to use; `None` for all.
-        l2 (`float`, *optional*, defaults to 0.001): penalty, see [`~collm.training.solver.solve_head`].
+        l2 (`float`, *optional*, defaults to 0.1): penalty, see [`~collm.training.solver.solve_head`].
         held_out (`float`, *optional*, defaults to 0.1): share of the rows that only the AUC is measured on.
         batch_size (`int`, *optional*, defaults to 8): rows of a forward pass.
         seed (`int`, *optional*, defaults to 0): of the choice of rows.

@@ -121,8 +121,9 @@ def generate(arguments: argparse.Namespace, model: CoLLMForCausalLM, tokenizer) 
         asked = [{"role": "user", "content": f"{row['question'].strip()}\n{INSTRUCTION}"}]
         inputs = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_tensors="pt", return_dict=True)
         out = model.generate(
-            **inputs, assistant=assistant, do_sample=False, max_new_tokens=512, return_dict_in_generate=True
-        )
+            **inputs, assistant=assistant, do_sample=False, repetition_penalty=1.0, max_new_tokens=512,
+            return_dict_in_generate=True,
+        )  # fmt: skip
         ids = out.sequences[0, inputs["input_ids"].shape[1] :]
         view = TokenView.from_ids(
             tokenizer, ids.tolist(), out.source[0], out.deferral_probs[0], title=row["question"],

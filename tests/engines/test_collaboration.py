@@ -49,19 +49,52 @@ def test_greedy_collaboration_is_the_oracle_token_for_token(architecture, num_as
 
 def test_every_model_reads_every_token_once():
     _, _, base_engine, (helper_engine,) = engines()
-    read = {base_engine.name: 0, helper_engine.name: 0}
-    for engine in (base_engine, helper_engine):
-
-        def counted(token_ids, cache, engine=engine, forward=engine.forward):
-            read[engine.name] += len(token_ids)
-            return forward(token_ids, cache)
-
-        engine.forward = counted
     _, source, _, _ = asyncio.run(collect(Request(PROMPT, 20, 0.5), base_engine, [helper_engine]))
     assert 0 < sum(source) < 20
     last_ask = max(i for i, s in enumerate(source) if s)
-    assert read[base_engine.name] == len(PROMPT) + 19  # nobody reads the last token
-    assert read[helper_engine.name] == len(PROMPT) + last_ask
+    assert base_engine.reader.tokens == len(PROMPT) + 19  # nobody reads the last token
+    assert helper_engine.reader.tokens == len(PROMPT) + last_ask
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "mistral"])
+def test_requests_that_come_together_share_forwards_and_stay_the_oracle(architecture):
+    base, helpers, base_engine, helper_engines = engines(1, architecture)
+    requests = [Request(PROMPT[: 1 + i % 5], 6 + i, t) for i, t in enumerate((-1.0, 0.3, 0.5, 0.5, 0.7, 1.0, 0.5, 0.4))]
+
+    async def together():
+        return await asyncio.gather(*(collect(r, base_engine, helper_engines) for r in requests))
+
+    tokens = 0
+    for request, (text, source, _, _) in zip(requests, asyncio.run(together()), strict=True):
+        expected = oracle(base, helpers, list(request.prompt_ids), request.max_tokens, request.threshold)
+        assert (text, source) == (expected.tokens, expected.source)
+        tokens += len(text)
+    assert base_engine.reader.calls < tokens / 2
+    assert not base_engine.reader.length  # every session gave back its place
+    assert not helper_engines[0].reader.length
+
+
+def test_a_request_that_fails_takes_no_other_with_it():
+    _, _, base_engine, helper_engines = engines()
+    forward = base_engine.forward
+
+    def faulty(rows, chunks):
+        if any(61 in chunk for chunk in chunks):
+            raise RuntimeError("out of memory")
+        return forward(rows, chunks)
+
+    base_engine.forward = faulty
+    good, bad = Request(PROMPT, 8, 1.0), Request([61, *PROMPT], 8, 1.0)
+
+    async def together():
+        asked = [collect(r, base_engine, helper_engines) for r in (good, bad, good)]
+        return await asyncio.gather(*asked, return_exceptions=True)
+
+    first, failed, second = asyncio.run(together())
+    assert first[0] == second[0]
+    assert len(first[0]) == 8
+    assert isinstance(failed, AssistantError)
+    assert "out of memory" in str(failed)
 
 
 @pytest.mark.parametrize(
@@ -128,11 +161,11 @@ class Unplugged(TransformersEngine):
 
     alive = 3
 
-    def forward(self, token_ids, cache):
+    def forward(self, rows, chunks):
         self.alive -= 1
         if self.alive < 0:
             raise RuntimeError("connection lost")
-        return super().forward(token_ids, cache)
+        return super().forward(rows, chunks)
 
 
 def test_error_policy_raises_and_fallback_policy_goes_on_with_the_base():
@@ -154,11 +187,11 @@ def test_an_assistant_that_does_not_answer_in_time_is_given_up():
     _, helpers, base_engine, _ = engines()
 
     class Slow(TransformersEngine):
-        def forward(self, token_ids, cache):
+        def forward(self, rows, chunks):
             import time
 
             time.sleep(0.5)
-            return super().forward(token_ids, cache)
+            return super().forward(rows, chunks)
 
     with pytest.raises(AssistantError, match=r"within 0\.05 seconds"):
         asyncio.run(collect(Request(PROMPT, 20, 0.5), base_engine, [Slow(helpers[0], "a")], assistant_timeout=0.05))
@@ -184,7 +217,8 @@ def test_a_reader_that_leaves_frees_every_session():
 
     asyncio.run(leave())
     assert len(opened) == 2
-    assert all(session._cache is None for session in opened)
+    assert not base_engine.reader.length
+    assert not helper_engines[0].reader.length
 
 
 def test_the_gate_of_the_transformers_session_is_strict_at_its_cut():

@@ -229,9 +229,9 @@ def test_no_cross_origin_header_unless_asked(server):
 
 
 class Slow(TransformersEngine):
-    def forward(self, token_ids, cache):
+    def forward(self, rows, chunks):
         time.sleep(0.02)
-        return super().forward(token_ids, cache)
+        return super().forward(rows, chunks)
 
 
 def slow_helper(seed=1):
@@ -285,10 +285,10 @@ class Switch(TransformersEngine):
 
     dead = False
 
-    def forward(self, token_ids, cache):
+    def forward(self, rows, chunks):
         if self.dead:
             raise RuntimeError("connection lost")
-        return super().forward(token_ids, cache)
+        return super().forward(rows, chunks)
 
 
 def test_error_policy_fallback_policy_breaker_and_recovery():

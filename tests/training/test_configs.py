@@ -9,6 +9,7 @@ import pytest
 
 from collm.commands import command_parser
 from collm.commands import train as command
+from collm.training.arguments import TrainArguments
 
 CONFIGS = Path(__file__).parents[2] / "examples" / "configs"
 
@@ -31,7 +32,7 @@ def test_config_is_read(path, tmp_path, monkeypatch):
         path = tmp_path / path.name
     arguments = read(path, monkeypatch=monkeypatch)
     assert arguments.mode == settings["mode"]
-    assert arguments.deferral_cost == settings.get("deferral_cost", 0.0)
+    assert arguments.deferral_cost == settings.get("deferral_cost", TrainArguments.deferral_cost)
 
 
 def test_paper_recipe(monkeypatch, tmp_path):
