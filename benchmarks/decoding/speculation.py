@@ -2,7 +2,8 @@
 
 For each prompt, one after the other: the plain loop, speculation, speculation without reading along (drafting alone),
 and with --rivals also the base alone, the assistant alone, and transformers' assisted generation of the assistant
-drafted by the base. No trained head is needed: the entropy router with --cut defers where the base is unsure.
+drafted by the base. No trained head is needed: the entropy router with --cut defers where the base is unsure. With
+--cost-ratio the gate drafts as it would for a larger assistant; counts are then what that one would see, times are not.
 
     COLLM_DATA=data python benchmarks/decoding/speculation.py --prompts 6 --cut 0.5
 """
@@ -14,6 +15,7 @@ import time
 
 import torch
 
+import collm.decoding.generation as generation
 import collm.decoding.speculation as speculation
 from benchmarks.decoding.common import ASSISTANT, BASE, finish, gsm8k_prompts, load_pair, median, seconds
 
@@ -25,12 +27,15 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--cut", type=float, default=0.5, help="entropy (nats) above which the base defers")
     parser.add_argument("--rivals", action="store_true")
+    parser.add_argument("--cost-ratio", type=float, help="of an assistant pass in base steps, for the gate")
     parser.add_argument("--seconds", type=float, default=300, help="start no prompt after this")
     parser.add_argument("--base", default=BASE)
     parser.add_argument("--assistant", default=ASSISTANT)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--name", default="speculation")
     settings = parser.parse_args()
+    if settings.cost_ratio:
+        generation.step_cost = lambda model: settings.cost_ratio if model is big else 1.0
     base, big, tokenizer = load_pair(settings.base, settings.assistant, settings.device)
     length = {"max_new_tokens": settings.new_tokens, "do_sample": False}
     ours = {**length, "assistant": big, "router": f"entropy:cut={settings.cut}", "return_dict_in_generate": True}

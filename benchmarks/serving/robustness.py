@@ -152,6 +152,8 @@ async def client(url: str, count: int, concurrency: int, seed: int) -> dict[str,
                         return
                     result = essence(answer.json()["choices"][0])
                 outcome["identical" if result == twins[index] else "different"] += 1
+                if result != twins[index]:
+                    print(f"{kind} {pool[index]}\nalone: {twins[index]}\nnow:   {result}", file=sys.stderr, flush=True)
             except httpx.HTTPError as error:
                 outcome[type(error).__name__] += 1
 

@@ -26,7 +26,9 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 GROWTH = 1.5  # a full buffer grows to this multiple of what is needed
-SHORT_CHUNK = 16  # up to this many tokens of padding are cheaper than another forward
+# Tokens of padding of a row that cost about what reading the weights once more does: more on devices that are fast at
+# arithmetic.
+CHEAP_PADDING = {"cpu": 16, "cuda": 256}
 
 
 class Reading(NamedTuple):
@@ -155,6 +157,7 @@ class Reader:
     def __init__(self, model: PreTrainedModel, columns: int) -> None:
         self.model, self.columns = model, columns
         self.device = model.get_input_embeddings().weight.device
+        self._padding = CHEAP_PADDING.get(self.device.type, CHEAP_PADDING["cuda"])
         self.max_length = maximum_length(model)
         arguments = inspect.signature(architecture_of(model).forward).parameters
         self._takes_positions = "position_ids" in arguments
@@ -176,7 +179,7 @@ class Reader:
             chunks (`list[list[int]]`): tokens that follow what has been read of each row, at least one.
             keep (`int`, *optional*, defaults to 1): how many of the last positions to return.
         """
-        groups = _groups([len(chunk) for chunk in chunks])
+        groups = _groups([len(chunk) for chunk in chunks], self._padding)
         readings = [self._forward([rows[i] for i in g], [chunks[i] for i in g], keep) for g in groups]
         if len(groups) == 1:
             return readings[0]
@@ -339,12 +342,11 @@ def architecture_of(model: Any) -> PreTrainedModel:
     return model if isinstance(model, PreTrainedModel) else model.get_base_model()
 
 
-def _groups(sizes: list[int]) -> list[list[int]]:
-    """Indices of chunks to read in one forward: no short one waits for a prompt, none is padded to twice its size."""
+def _groups(sizes: list[int], padding: int) -> list[list[int]]:
+    """Indices of chunks to read in one forward: none is padded by more than `padding` tokens."""
     groups: list[list[int]] = []
     for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
-        longest = sizes[groups[-1][0]] if groups else 0
-        if groups and longest - sizes[i] <= max(SHORT_CHUNK, sizes[i]):
+        if groups and sizes[groups[-1][0]] - sizes[i] <= padding:
             groups[-1].append(i)
         else:
             groups.append([i])

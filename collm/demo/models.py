@@ -14,12 +14,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from .problems import LARGEST_RESULT, make_problem, make_worksheet
 
-BASE_STEPS, ASSISTANT_STEPS = 700, 3000  # the assistant's at most: it is done when its sums are right
-WARM_UP, ANNEALING = 70, 300  # steps in which the learning rate rises, and falls
+BASE_STEPS, ASSISTANT_STEPS = 700, 2400  # the assistant's at most: it is done when its sums are right
+WARM_UP, ANNEALING = 70, 400  # steps in which the learning rate rises, and falls
 LEARNING_RATE = 4e-3
 # Copying numbers is learned best from large batches, sums from many steps and with more dimensions.
 BASE = {"batch_size": 64}
-ASSISTANT = {"batch_size": 16, "enough": 0.1}
+ASSISTANT = {"batch_size": 16, "enough": 0.3}
 ASSISTANT_CONFIG = {"hidden_size": 128, "intermediate_size": 384}
 
 

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from collm.configuration import DeferralConfig
@@ -222,9 +222,9 @@ class Service:
                     async for piece in pieces:
                         if not written and piece.token_ids:
                             self.metrics.first_token.observe(time.perf_counter() - start)
-                        written += len(piece.token_ids)
-                        deferred += sum(k > 0 for k in piece.source)
-                        delta = self._delta(piece, detokenizer, stopper, request, written)
+                        delta = self._delta(piece, detokenizer, stopper, written)
+                        written += len(delta.token_ids)
+                        deferred += sum(k > 0 for k in delta.source)
                         yield delta
                         if delta.finish:
                             break
@@ -234,19 +234,27 @@ class Service:
             finally:
                 self._account(begin, start, handing_off, written, deferred, len(request.prompt_ids))
 
-    def _delta(
-        self, piece: Written, detokenizer: Detokenizer, stopper: StopStrings, request: Request, written: int
-    ) -> Delta:
-        shown = piece.token_ids
-        if piece.finish == "stop":  # the stop token is not text
-            shown = shown[:-1]
-        text = stopper.add(detokenizer.add(shown, final=piece.finish is not None), final=piece.finish is not None)
-        finish = "stop" if stopper.stopped is not None else piece.finish
+    def _delta(self, piece: Written, detokenizer: Detokenizer, stopper: StopStrings, written: int) -> Delta:
+        """The piece with its text; a stop string ends it behind the token that completes it, however many came."""
+        ends = piece.finish is not None
+        shown = len(piece.token_ids) - (piece.finish == "stop")  # the stop token is not text
+        text = "" if shown else stopper.add(detokenizer.add([], final=ends), final=ends)
+        for n, token in enumerate(piece.token_ids[:shown], start=1):
+            final = ends and n == shown
+            text += stopper.add(detokenizer.add([token], final=final), final=final)
+            if stopper.stopped is not None:
+                piece = replace(
+                    piece,
+                    token_ids=piece.token_ids[:n],
+                    source=piece.source[:n],
+                    deferral_probs=piece.deferral_probs[:n],
+                    finish="stop",
+                )
+                break
         if piece.fallback:
             self.metrics.fallbacks.inc()
-        return Delta(
-            text, piece.token_ids, piece.source, piece.deferral_probs, finish, written if piece.fallback else None
-        )
+        begins = written + len(piece.token_ids) if piece.fallback else None
+        return Delta(text, piece.token_ids, piece.source, piece.deferral_probs, piece.finish, begins)
 
     def _available(self, k: int) -> bool:
         return self.breakers[k - 1].allow()

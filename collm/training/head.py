@@ -96,7 +96,7 @@ def train_head(
         dataset, collator, batch_size, seed: as in [`~collm.training.zinit.z_initialise`].
         cache_dir (`str`, *optional*): folder for the features; default: in memory.
         method, ignore_both_wrong, positive_weight: of the Z-initialisation.
-        l2 (`float`, *optional*, defaults to 0.1): penalty of both steps, see [`~collm.training.solver.solve_head`].
+        l2 (`float`, *optional*, defaults to 0.01): penalty of both steps, see [`~collm.training.solver.solve_head`].
         held_out (`float`, *optional*, defaults to 0.1): share of the rows that is only measured on.
         max_iterations (`int`, *optional*, defaults to 300): of L-BFGS.
 

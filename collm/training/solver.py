@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 CHUNK = 8192  # rows that exist in float64 at once
 # Of both problems, chosen on held-out GSM8K (benchmarks/zinit).
-DEFAULT_L2 = 0.1
+DEFAULT_L2 = 0.01
 
 
 @dataclass

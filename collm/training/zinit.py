@@ -92,7 +92,7 @@ def z_initialise(
             in the paper's code; `"balanced"` gives each assistant's tokens the base's total weight, `"sqrt_balanced"`
             the square root of that factor.
         max_tokens (`int`, *optional*, defaults to 65536): target tokens to use; `None` for all.
-        l2 (`float`, *optional*, defaults to 0.1): penalty, see [`~collm.training.solver.solve_head`].
+        l2 (`float`, *optional*, defaults to 0.01): penalty, see [`~collm.training.solver.solve_head`].
         held_out (`float`, *optional*, defaults to 0.1): share of the rows that only the AUC is measured on.
         batch_size (`int`, *optional*, defaults to 8): rows of a forward pass.
         seed (`int`, *optional*, defaults to 0): of the choice of rows.

@@ -43,6 +43,7 @@ ABLATIONS = [
     for cost in (0.2, 0.0)  # the paper's: 0
 ]
 CHOSEN = (["hidden", "uncertainty"], 0.2)
+L2 = 1e-3
 
 
 def main() -> None:
@@ -59,7 +60,7 @@ def main() -> None:
     for features, cost in ABLATIONS:
         model = load(arguments, features, cost)
         cache = arguments.work / f"{arguments.targets}-{'-'.join(features)}"
-        trained = train_head(model, scored, collator, cache, held_out=arguments.held_out)
+        trained = train_head(model, scored, collator, cache, l2=L2, held_out=arguments.held_out)
         print(f"{'+'.join(features):20} c = {cost}: {trained}", flush=True)
         table.append({"features": features, **asdict(trained)})
         if (features, cost) == CHOSEN:
@@ -146,6 +147,7 @@ def write(arguments, report, model, trained: HeadTraining, table: list[dict], an
         "targets": arguments.targets,
         "data": asdict(report),
         "held_out_rows": arguments.held_out,
+        "l2": L2,
         "chosen": asdict(trained),
         "threshold": model.config.deferral.threshold,
         "asked_rate": arguments.rate,

@@ -6,6 +6,7 @@ import json
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import httpx
 import openai
@@ -109,6 +110,34 @@ def test_stop_strings_cut_the_text_whole_and_streamed(client):
     assert whole.finish_reason == "stop"
     streamed = client.completions.create(**arguments, stop=stop, stream=True)
     assert "".join(c.choices[0].text for c in streamed) == whole.text
+
+
+def test_tokens_behind_a_stop_string_are_dropped_however_many_arrive_at_once():
+    with running() as server, client_of(server) as client:
+        arguments = {"model": "tiny", "prompt": [5, 6, 7], "max_tokens": 40, "temperature": 0}
+        arguments["extra_body"] = {"return_token_ids": True, "return_source": True}
+        free = client.completions.create(**arguments).choices[0].text
+        stop = free[len(free) // 2 : len(free) // 2 + 3]
+        alone = client.completions.create(**arguments, stop=stop)
+
+        open_session = server.service.base.open
+
+        def ahead(*settings):  # an engine that is ahead of its reader
+            session = open_session(*settings)
+            decode = session.decode
+
+            async def together(*given, **options):
+                pieces = [piece async for piece in decode(*given, **options)]
+                yield replace(pieces[-1], token_ids=[token for piece in pieces for token in piece.token_ids])
+
+            session.decode = together
+            return session
+
+        server.service.base.open = ahead
+        again = client.completions.create(**arguments, stop=stop)
+    assert again.choices == alone.choices
+    assert again.usage == alone.usage
+    assert 0 < len(alone.choices[0].token_ids) < 40
 
 
 def test_several_prompts_and_answers_are_in_order(client):
