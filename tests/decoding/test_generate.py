@@ -77,13 +77,7 @@ def test_each_model_reads_every_token_at_most_once(rows, speculate):
 def test_rows_that_do_not_defer_cost_the_assistant_nothing():
     base, assistants = models("llama", 1)
     inputs = ragged_prompts(3)
-
-    def only_row_one(context):
-        defer = torch.zeros(len(context.deferral_probs), dtype=torch.bool)
-        defer[1] = True
-        return context.ask_where(defer)
-
-    out = generate(base, assistants, inputs, router=only_row_one, speculate=False)
+    out = generate(base, assistants, inputs, threshold=[1.0, -1.0, 1.0], speculate=False)
     assert out.stats["assistant_tokens"] == [int(inputs["attention_mask"][1].sum()) + 15]
 
 
