@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,8 +19,8 @@ BASE_STEPS, ASSISTANT_STEPS = 700, 2400  # the assistant's at most: it is done w
 WARM_UP, ANNEALING = 70, 400  # steps in which the learning rate rises, and falls
 LEARNING_RATE = 4e-3
 # Copying numbers is learned best from large batches, sums from many steps and with more dimensions.
-BASE = {"batch_size": 64}
-ASSISTANT = {"batch_size": 16, "enough": 0.3}
+BASE: dict[str, Any] = {"batch_size": 64}
+ASSISTANT: dict[str, Any] = {"batch_size": 16, "enough": 0.3}
 ASSISTANT_CONFIG = {"hidden_size": 128, "intermediate_size": 384}
 
 
