@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 from collm.configuration import DeferralConfig
@@ -20,7 +21,7 @@ from collm.evaluation.runner import Problem
 @dataclass
 class EngineWriter:
     """
-    Writes through engines, a batch's problems all at once; they are batched continuously, so take large batches.
+    Writes through engines, which batch continuously: as many problems at once as the batch size says.
 
     Args:
         base ([`~collm.engines.session.Engine`]): the base, or a single model where there are no assistants.
@@ -29,8 +30,7 @@ class EngineWriter:
         eos_ids (`frozenset[int]`): tokens that end an answer.
         deferral ([`DeferralConfig`]): the checkpoint's, for its threshold and table.
         options (`dict`): arguments of `generate` that engines know: `threshold`, `deferral_rate`, `router`,
-        `do_sample`,
-            `temperature`, `top_p`.
+            `do_sample`, `temperature`, `top_p`.
         max_new_tokens, seed: as in [`~collm.evaluation.runner.ModelWriter`].
 
     Raises:
@@ -53,16 +53,35 @@ class EngineWriter:
                 "combiners need whole distributions, which engines keep: use --engine transformers"
             )
 
-    def __call__(self, problems: list[Problem]) -> list[Generation]:
-        async def everything() -> list[Generation]:
-            return await asyncio.gather(*(self._write(problem) for problem in problems))
-
+    def write(self, problems: Sequence[Problem], at_once: int) -> Iterator[list[Generation]]:
+        """Answers as they are finished: where one ends, the next problem begins. Their `seconds` add up to the
+        wall-clock time."""
+        waiting, running = iter(problems), set[asyncio.Task[Generation]]()
         started = time.perf_counter()
-        generations = self.loop.run(everything())
-        seconds = round((time.perf_counter() - started) / len(problems), 4)
-        for generation in generations:
-            generation.seconds = seconds
-        return generations
+
+        async def some() -> list[Generation]:
+            """Waits until at least one answer is finished."""
+            running.update(asyncio.ensure_future(self._write(p)) for p in islice(waiting, at_once - len(running)))
+            if not running:
+                return []
+            done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+            running.difference_update(done)
+            return [task.result() for task in done]
+
+        async def stop() -> None:
+            for task in running:
+                task.cancel()
+            await asyncio.gather(*running, return_exceptions=True)
+
+        try:
+            while finished := self.loop.run(some()):
+                seconds = round((time.perf_counter() - started) / len(finished), 4)
+                started = time.perf_counter()
+                for generation in finished:
+                    generation.seconds = seconds
+                yield finished
+        finally:
+            self.loop.run(stop())
 
     def close(self) -> None:
         """Ends the engines and their event loop."""

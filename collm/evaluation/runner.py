@@ -2,7 +2,7 @@
 Evaluation of one way to write texts: prompts in, generations kept on disk, metrics with intervals out.
 
 1. [`make_problems`]: rows of a data file become token ids of prompts.
-2. [`generate_all`]: a [`Writer`] writes what the store does not hold yet, in batches of similar length.
+2. [`generate_all`]: a [`Writer`] writes what the store does not hold yet.
 3. [`summarise`]: every text is scored; truncated and unparsable ones are counted apart.
 """
 
@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -23,8 +23,6 @@ from collm.errors import DataFormatError
 from collm.evaluation.generations import Generation, GenerationStore
 from collm.evaluation.intervals import bootstrap_interval, wilson_interval
 from collm.evaluation.metrics import Metric, Score
-
-Writer = Callable[[list["Problem"]], list[Generation]]
 
 
 @dataclass(frozen=True)
@@ -90,6 +88,15 @@ def make_problems(
     return problems
 
 
+class Writer(Protocol):
+    """What writes texts: models in this process, serving engines, or a server. `seconds` of the texts add up to the
+    wall-clock time."""
+
+    def write(self, problems: Sequence[Problem], at_once: int) -> Iterator[list[Generation]]:
+        """All texts, in any order, as they are finished; `at_once` are written at the same time."""
+        ...
+
+
 @dataclass
 class ModelWriter:
     """
@@ -111,8 +118,13 @@ class ModelWriter:
     max_new_tokens: int = 512
     seed: int = 0
 
+    def write(self, problems: Sequence[Problem], at_once: int) -> Iterator[list[Generation]]:
+        """Batches of `at_once`, in order."""
+        for start in range(0, len(problems), at_once):
+            yield self._batch(problems[start : start + at_once])
+
     @torch.inference_mode()
-    def __call__(self, problems: list[Problem]) -> list[Generation]:
+    def _batch(self, problems: Sequence[Problem]) -> list[Generation]:
         started = time.perf_counter()
         inputs = left_padded([problem.prompt_ids for problem in problems], self._pad, self.model.device)
         torch.manual_seed(self.seed + problems[0].id)
@@ -174,7 +186,7 @@ def generate_all(
     """
     Generations of all problems, in their order; those that the store holds are not generated again.
 
-    Batches join prompts of similar length; a progress bar goes to standard error.
+    Batches join prompts of similar length, or engines batch continuously; a progress bar goes to standard error.
     """
     from tqdm.auto import tqdm
 
@@ -183,10 +195,9 @@ def generate_all(
     with tqdm(
         total=len(problems), initial=len(problems) - len(missing), desc=description, unit="text", disable=None
     ) as bar:
-        for start in range(0, len(missing), batch_size):
-            batch = missing[start : start + batch_size]
-            store.add(writer(batch))
-            bar.update(len(batch))
+        for generations in writer.write(missing, batch_size):
+            store.add(generations)
+            bar.update(len(generations))
     return [store.done[problem.id] for problem in problems]
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +16,7 @@ from collm.evaluation.runner import Problem
 @dataclass
 class ServerWriter:
     """
-    Writes through `/completions`, a batch's requests all at once. Prompts go as token ids, so that the text is exactly
+    Writes through `/completions`. Prompts go as token ids, so that the text is exactly
     what a local run reads; `collm serve` and vLLM take them.
 
     Args:
@@ -49,12 +50,18 @@ class ServerWriter:
         """Ends the connections."""
         self._client.close()
 
-    def __call__(self, problems: list[Problem]) -> list[Generation]:
-        started = time.perf_counter()
-        with ThreadPoolExecutor(len(problems)) as pool:
-            answers = list(pool.map(self._ask, problems))
-        seconds = round((time.perf_counter() - started) / len(problems), 4)
-        return [self._generation(p, answer, seconds) for p, answer in zip(problems, answers, strict=True)]
+    def write(self, problems: Sequence[Problem], at_once: int) -> Iterator[list[Generation]]:
+        """Answers as they come, `at_once` requests being on their way."""
+        with ThreadPoolExecutor(at_once) as pool:
+            asked = {pool.submit(self._ask, problem): problem for problem in problems}
+            started = time.perf_counter()
+            try:
+                for answer in as_completed(asked):
+                    seconds = round(time.perf_counter() - started, 4)
+                    started = time.perf_counter()
+                    yield [self._generation(asked[answer], answer.result(), seconds)]
+            finally:
+                pool.shutdown(cancel_futures=True)
 
     def _ask(self, problem: Problem) -> dict[str, Any]:
         names = ("threshold", "deferral_rate", "temperature", "top_p")

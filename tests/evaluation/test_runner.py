@@ -100,23 +100,24 @@ def test_what_the_store_holds_is_not_written_again(tokenizer, tmp_path):
     problems = make_problems(ROWS, tokenizer)
     asked: list[int] = []
 
-    def writer(batch):
-        asked.extend(p.id for p in batch)
-        if len(asked) > 4:
-            raise KeyboardInterrupt
-        return [Generation(p.id, "1", [5, 2], [0, 0]) for p in batch]
+    class Recorder:
+        def __init__(self, stops_behind):
+            self.stops_behind = stops_behind
+
+        def write(self, problems, at_once):
+            for start in range(0, len(problems), at_once):
+                batch = problems[start : start + at_once]
+                asked.extend(p.id for p in batch)
+                if len(asked) > self.stops_behind:
+                    raise KeyboardInterrupt
+                yield [Generation(p.id, "1", [5, 2], [0, 0]) for p in batch]
 
     path = tmp_path / "g.jsonl"
     with pytest.raises(KeyboardInterrupt):
-        generate_all(writer, problems, GenerationStore(path, {}), batch_size=2)
+        generate_all(Recorder(4), problems, GenerationStore(path, {}), batch_size=2)
     first = set(asked[:4])
     asked.clear()
-
-    def second_writer(batch):
-        asked.extend(p.id for p in batch)
-        return [Generation(p.id, "1", [5, 2], [0, 0]) for p in batch]
-
-    generations = generate_all(second_writer, problems, GenerationStore(path, {}), batch_size=2)
+    generations = generate_all(Recorder(7), problems, GenerationStore(path, {}), batch_size=2)
     assert [g.id for g in generations] == list(range(7))
     assert sorted(asked) == sorted(set(range(7)) - first)
 

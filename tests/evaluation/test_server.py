@@ -37,6 +37,6 @@ def test_refusals_are_the_servers_own_words(server, tokenizer):
     problems = make_problems(ROWS, tokenizer)
     there = ServerWriter(server.url, tokenizer, {"deferral_rate": 0.9}, 4)
     with contextlib.closing(there), pytest.raises(AssistantError, match="refuses /completions"):
-        there(problems)
+        generate_all(there, problems)
     with pytest.raises(AssistantError, match="does not answer"):
         ServerWriter("http://127.0.0.1:9", tokenizer, {}, 4)

@@ -128,8 +128,9 @@ def test_tokens_behind_a_stop_string_are_dropped_however_many_arrive_at_once():
 
             async def together(*given, **options):
                 pieces = [piece async for piece in decode(*given, **options)]
-                merged = {name: sum((getattr(p, name) for p in pieces), []) for name in ("token_ids", "deferral_probs")}
-                yield replace(pieces[-1], **merged)
+                token_ids = [token for piece in pieces for token in piece.token_ids]
+                deferral_probs = [d for piece in pieces for d in piece.deferral_probs]
+                yield replace(pieces[-1], token_ids=token_ids, deferral_probs=deferral_probs)
 
             session.decode = together
             return session
