@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils import cached_file
@@ -26,6 +27,7 @@ from .errors import CheckpointError, ConfigurationError
 from .modeling import CoLLMForCausalLM, base_class_for, collm_class
 
 HEAD_FILE = "deferral_head.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
 ADAPTER_FILE = "adapter_config.json"
 DEFER_TOKEN = "<|defer|>"
 # Arguments that say where a file lies; everything else in from_pretrained's kwargs is about the model.
@@ -277,6 +279,51 @@ def save_head_only(model: Any, folder: str | os.PathLike[str]) -> None:
     temporary = Path(folder, HEAD_FILE + ".partial")
     save_file(state, temporary, metadata={"format": "pt"})
     os.replace(temporary, Path(folder, HEAD_FILE))
+
+
+def link_full_checkpoint(name: str, folder: str | os.PathLike[str]) -> bool:
+    """
+    Make `folder` a full checkpoint of the head-only checkpoint `name`, without copying: links to the files of its base,
+    the head beside them, and an index of both. For engines that read one folder.
+
+    Returns:
+        `bool`: whether `name` is head-only; if not, nothing is written.
+
+    Raises:
+        CheckpointError: an adapter, or a head whose base is no plain safetensors checkpoint.
+    """
+    adapter, head = _find(name, ADAPTER_FILE, {}), _find(name, HEAD_FILE, {})
+    if not adapter and not head:
+        return False
+    base = DeferralConfig.from_any(_read_config(name, {})[0].deferral).base_model or ""
+    files = sorted(_whole(base).iterdir()) if head and base else []
+    weights = [file for file in files if file.suffix == ".safetensors"]
+    if not weights or getattr(_read_config(base, {})[0], "deferral", None) is not None:
+        raise CheckpointError(
+            f'an engine needs all weights in one folder, and "{name}" has not: `collm export {name} FULL` writes one.'
+        )
+    folder = Path(folder)
+    for file in (*files, *sorted(_whole(name).iterdir())):  # of two with one name, the checkpoint's own
+        if file.is_file() and file not in weights and file.name not in (HEAD_FILE, INDEX_FILE):
+            (folder / file.name).unlink(missing_ok=True)
+            (folder / file.name).symlink_to(file.resolve())
+
+    state = {f"deferral_head.{key}": value for key, value in load_file(str(head)).items()}
+    places = dict.fromkeys(state, f"linked-{HEAD_FILE}")
+    save_file(state, folder / f"linked-{HEAD_FILE}", metadata={"format": "pt"})
+    for file in weights:  # not by their own names: a `model.safetensors` would be taken for everything
+        (folder / f"linked-{file.name}").symlink_to(file.resolve())
+        with safe_open(file, "pt") as opened:
+            places |= dict.fromkeys(opened.keys(), f"linked-{file.name}")
+    (folder / INDEX_FILE).write_text(json.dumps({"metadata": {}, "weight_map": places}), encoding="utf-8")
+    return True
+
+
+def _whole(name: str) -> Path:
+    """All files of a checkpoint but weights in other formats, in one folder."""
+    if os.path.isdir(name):
+        return Path(name)
+    return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]))
 
 
 def save_deferral_config(model: Any, folder: str | os.PathLike[str]) -> None:

@@ -12,7 +12,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from collm import CoLLMForCausalLM, DeferralConfig
-from collm.checkpoints import DEFER_TOKEN, HEAD_FILE, save_deferral_config, save_head_only
+from collm.checkpoints import (
+    DEFER_TOKEN,
+    HEAD_FILE,
+    INDEX_FILE,
+    link_full_checkpoint,
+    save_deferral_config,
+    save_head_only,
+)
 from collm.errors import CheckpointError, ConfigurationError, UnsupportedModelError
 
 
@@ -201,6 +208,34 @@ def test_head_only_over_a_base_that_is_a_deferral_checkpoint(full, tmp_path):
     randomise_head(model, seed=11)
     save_head_only(model, tmp_path / "head")
     assert_same_outputs(model, CoLLMForCausalLM.from_pretrained(tmp_path / "head"))
+
+
+@pytest.mark.parametrize("shard", ["5GB", "20KB"])
+def test_head_only_becomes_a_full_checkpoint_by_links(tmp_path, shard):
+    tiny_model("qwen2").save_pretrained(tmp_path / "base", max_shard_size=shard)
+    assert (tmp_path / "base" / INDEX_FILE).exists() == (shard == "20KB")
+    model = randomise_head(CoLLMForCausalLM.from_pretrained(str(tmp_path / "base"), num_assistants=2))
+    save_head_only(model, tmp_path / "head")
+    (tmp_path / "links").mkdir()
+    assert link_full_checkpoint(str(tmp_path / "head"), tmp_path / "links")
+    assert sum(p.stat().st_size for p in (tmp_path / "links").iterdir() if not p.is_symlink()) < 20_000
+    again, info = CoLLMForCausalLM.from_pretrained(str(tmp_path / "links"), output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert_same_outputs(model, again)
+
+
+def test_only_head_only_checkpoints_over_plain_bases_are_linked(full, adapter, tmp_path):
+    assert not link_full_checkpoint(str(full), tmp_path)
+    folder, _ = adapter
+    with pytest.raises(CheckpointError, match="collm export"):
+        link_full_checkpoint(str(folder), tmp_path)
+    model = CoLLMForCausalLM.from_pretrained(full)
+    model.config.deferral.base_model = str(full)
+    save_head_only(model, tmp_path / "head")
+    with pytest.raises(CheckpointError, match="collm export"):
+        link_full_checkpoint(str(tmp_path / "head"), tmp_path)
+    assert not any(p.is_symlink() for p in tmp_path.iterdir())
 
 
 def test_head_only_takes_the_options_of_its_base(base, tmp_path):

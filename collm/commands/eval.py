@@ -94,10 +94,10 @@ def _task(
 
 def _team(models: ModelOptions, data: DataOptions, options: EvalOptions, arguments: dict[str, Any]) -> Any:
     """Whoever writes, its options set. In transformers, a model that writes alone is loaded alone."""
-    from collm.data.tokenizers import load_tokenizer
+    from collm.data.tokenizers import checkpoint_tokenizer, load_tokenizer
     from collm.errors import ConfigurationError
     from collm.evaluation.generations import weights_fingerprint
-    from collm.evaluation.loading import Team, load_base, load_plain, num_parameters, short_name, tokenizer_of
+    from collm.evaluation.loading import Team, load_base, load_plain, num_parameters, short_name
     from collm.evaluation.runner import ModelWriter
 
     if options.server:
@@ -113,7 +113,7 @@ def _team(models: ModelOptions, data: DataOptions, options: EvalOptions, argumen
         base = options.alone == "base"
         name = models.checkpoint if base else models.assistant[0]
         model = (load_base if base else load_plain)(name, models.dtype, models.device)
-        tokenizer = tokenizer_of(name, model) if base else load_tokenizer(name)
+        tokenizer = checkpoint_tokenizer(name, model.config.deferral.base_model) if base else load_tokenizer(name)
         writer = ModelWriter(model, tokenizer, (), arguments, data.max_new_tokens, data.seed)
         identity = {"weights": [weights_fingerprint(model)], "dtype": str(model.dtype)}
         return Team(model, tokenizer, [short_name(name)], writer, [writer], [num_parameters(model)], identity)

@@ -32,16 +32,15 @@ class Arguments:
 
 def run(arguments: Arguments) -> int:
     """Load, convert, save with the tokenizer."""
-    from transformers import AutoTokenizer
-
     from collm import CoLLMForCausalLM
     from collm.checkpoints import save_head_only
+    from collm.data.tokenizers import checkpoint_tokenizer
     from collm.merging import merge_into_vocabulary
 
     if arguments.merged and arguments.head_only:
         raise ConfigurationError("--merged and --head-only are two forms; choose one.")
     model = CoLLMForCausalLM.from_pretrained(arguments.checkpoint, dtype=arguments.dtype)
-    tokenizer = AutoTokenizer.from_pretrained(arguments.checkpoint)
+    tokenizer = checkpoint_tokenizer(arguments.checkpoint, model.config.deferral.base_model)
     if arguments.head_only:
         save_head_only(model, arguments.output)
     elif arguments.merged:

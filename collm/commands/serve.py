@@ -7,7 +7,7 @@ import importlib.util
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -118,7 +118,7 @@ def build_service(arguments: Arguments) -> Service:
     from transformers import AutoConfig
 
     from collm.configuration import DeferralConfig
-    from collm.data.tokenizers import check_same_tokenizer, load_tokenizer
+    from collm.data.tokenizers import check_same_tokenizer, checkpoint_tokenizer, load_tokenizer
     from collm.serving.service import Limits, Service
 
     config = AutoConfig.from_pretrained(arguments.model)
@@ -134,7 +134,7 @@ def build_service(arguments: Arguments) -> Service:
             f"the checkpoint has {deferral.num_assistants} assistants and --assistant names {len(assistants)}"
             + (f"; it was trained with {', '.join(deferral.assistants)}." if deferral.assistants else ".")
         )
-    tokenizer = load_tokenizer(arguments.model)
+    tokenizer = checkpoint_tokenizer(arguments.model, deferral.base_model)
     for name in assistants:
         if not _is_url(name):
             check_same_tokenizer(tokenizer, load_tokenizer(name), arguments.model, name)
@@ -149,18 +149,20 @@ def build_service(arguments: Arguments) -> Service:
         threshold=arguments.threshold,
         on_assistant_error=arguments.on_assistant_error,
         limits=Limits(arguments.max_running, arguments.max_waiting, arguments.max_tokens, arguments.assistant_timeout),
-        eos_ids=end_of_sequence(arguments.model, tokenizer),
+        eos_ids=end_of_sequence(tokenizer, arguments.model, deferral.base_model),
     )
 
 
-def end_of_sequence(model: str, tokenizer: Any) -> frozenset[int]:
-    """Tokens that end an answer: the generation config's, else the tokenizer's."""
+def end_of_sequence(tokenizer: Any, *models: str | None) -> frozenset[int]:
+    """Tokens that end an answer: those of the first generation config among `models`, else the tokenizer's."""
     from transformers import GenerationConfig
 
-    try:
-        eos = GenerationConfig.from_pretrained(model).eos_token_id
-    except OSError:  # a checkpoint without one
-        eos = None
+    eos = None
+    for model in filter(None, models):
+        with suppress(OSError):  # a checkpoint without one
+            eos = GenerationConfig.from_pretrained(model).eos_token_id
+        if eos is not None:
+            break
     eos = tokenizer.eos_token_id if eos is None else eos
     return frozenset([eos] if isinstance(eos, int) else eos or [])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from collm.errors import TokenizerMismatchError
@@ -26,6 +27,18 @@ def load_tokenizer(tokenizer: str | PreTrainedTokenizerBase) -> PreTrainedTokeni
         return AutoTokenizer.from_pretrained(tokenizer)
     except (OSError, ValueError, KeyError) as error:
         raise TokenizerMismatchError(f'No tokenizer can be loaded from "{tokenizer}": {error}') from error
+
+
+def checkpoint_tokenizer(checkpoint: str, base_model: str | None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a deferral checkpoint; that of its base where a head-only folder has none.
+
+    Raises:
+        [`TokenizerMismatchError`]: neither has one.
+    """
+    folder, files = Path(checkpoint), ("tokenizer.json", "tokenizer_config.json")
+    if base_model and folder.is_dir() and not any((folder / file).exists() for file in files):
+        return load_tokenizer(base_model)
+    return load_tokenizer(checkpoint)
 
 
 def tokens_by_id(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:

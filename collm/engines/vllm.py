@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import tempfile
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ from vllm.outputs import CompletionOutput
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 
+from collm.checkpoints import link_full_checkpoint
 from collm.configuration import DeferralConfig
 from collm.errors import AssistantError
 from collm.vllm_plugin.gates import gate_bias, reserved_ids, score_of_logprob
@@ -36,13 +38,15 @@ class VLLMEngine:
     """One model in one vLLM engine; base or assistant.
 
     Args:
-        model (`str`): checkpoint folder or Hub id.
+        model (`str`): checkpoint folder or Hub id; of a head-only checkpoint, its base is read with it.
         name (`str`, *optional*): for logs and metrics; the model by default.
         engine_args: fields of vLLM's `AsyncEngineArgs` (`tensor_parallel_size`, `gpu_memory_utilization`, ...).
     """
 
     def __init__(self, model: str, name: str | None = None, **engine_args: Any):
         self.name = name or model
+        self._links = tempfile.TemporaryDirectory(prefix="collm-")
+        model = self._links.name if link_full_checkpoint(model, self._links.name) else model
         self.engine = AsyncLLM.from_engine_args(AsyncEngineArgs(model=model, **{**DEFAULTS, **engine_args}))
         model_config = self.engine.model_config
         self.max_length = model_config.max_model_len
@@ -62,6 +66,7 @@ class VLLMEngine:
 
     async def close(self) -> None:
         self.engine.shutdown()
+        self._links.cleanup()
 
     def gate_ids(self, router: str) -> list[int]:
         assert self.deferral is not None

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from collm.data.tokenizers import check_same_tokenizer, load_tokenizer
-from collm.errors import AssistantError, CheckpointError, ConfigurationError
+from collm.data.tokenizers import check_same_tokenizer, checkpoint_tokenizer
+from collm.errors import AssistantError, ConfigurationError
 from collm.evaluation.generations import files_fingerprint, weights_fingerprint
 from collm.evaluation.runner import ModelWriter, Writer
 
@@ -157,7 +157,7 @@ def load_models(
             f'"{checkpoint}" has a head for {count} assistant{"s" * (count > 1)}{known}; {len(names)} given. Name '
             "each with --assistant."
         )
-    tokenizer = tokenizer_of(checkpoint, model)
+    tokenizer = checkpoint_tokenizer(checkpoint, model.config.deferral.base_model)
     for name in names:
         check_same_tokenizer(tokenizer, name, base_name=checkpoint)
     loaded = [load_plain(name, dtype, device) for name in names]
@@ -183,18 +183,6 @@ def load_plain(name: str, dtype: str = "auto", device: str | None = None) -> Any
         return AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(device or _default_device()).eval()
     except (OSError, ValueError) as error:
         raise AssistantError(f'the model "{name}" cannot be loaded: {error}') from error
-
-
-def tokenizer_of(checkpoint: str, model: Any) -> Any:
-    """The checkpoint's tokenizer; that of its base for a head-only checkpoint without one."""
-    files = ("tokenizer.json", "tokenizer_config.json")
-    folder = Path(checkpoint)
-    if folder.is_dir() and not any((folder / file).exists() for file in files):
-        base = model.config.deferral.base_model
-        if not base:
-            raise CheckpointError(f"{checkpoint} has no tokenizer and names no base to take it from")
-        return load_tokenizer(base)
-    return load_tokenizer(checkpoint)
 
 
 def short_name(name: str) -> str:

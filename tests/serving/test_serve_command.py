@@ -13,9 +13,11 @@ import time
 import httpx
 import pytest
 
+from collm import CoLLMForCausalLM
+from collm.checkpoints import save_head_only
 from collm.commands import serve
 from collm.errors import ConfigurationError, TokenizerMismatchError, UnsupportedModelError
-from tests.conftest import save_plain, tiny_collm, tiny_model
+from tests.conftest import save_plain, tiny_collm, tiny_model, tiny_tokenizer
 from tests.engines.oracle import oracle
 
 
@@ -95,6 +97,19 @@ def test_a_server_of_two_vllm_engines(tmp_path):
         assert [t for line in lines[:-1] for t in json.loads(line[6:])["choices"][0]["token_ids"]] == truth.tokens
     finally:
         assert stop(process) in (0, -signal.SIGTERM)
+
+
+def test_a_head_alone_is_served_with_what_its_base_has(folders, tmp_path):
+    _, helper_folder, _, _ = folders
+    plain = tiny_model()
+    plain.generation_config.eos_token_id = [2, 7]
+    plain.save_pretrained(tmp_path / "plain")
+    tiny_tokenizer().save_pretrained(tmp_path / "plain")
+    model = CoLLMForCausalLM.from_pretrained(str(tmp_path / "plain"))
+    save_head_only(model, tmp_path / "head")
+    service = serve.build_service(serve.Arguments(str(tmp_path / "head"), [helper_folder], engine="transformers"))
+    assert service.eos_ids == {2, 7}
+    assert service.tokenizer.get_vocab() == tiny_tokenizer().get_vocab()
 
 
 def test_assistants_that_do_not_fit_are_refused_before_any_engine_starts(folders, tmp_path):

@@ -74,7 +74,7 @@ def test_64_concurrent_requests_with_mixed_thresholds_and_lengths_are_the_oracle
     from collm.engines.vllm import VLLMEngine
     from tests.vllm_plugin.support import ENGINE, save_assistant, save_base
 
-    folder, base = save_base(tmp_path / "base", architecture, num_assistants)
+    folder, base = save_base(tmp_path / "base", architecture, num_assistants, head_only=architecture == "llama")
     saved = [save_assistant(tmp_path / f"a{k}", architecture, k) for k in range(1, num_assistants + 1)]
     helpers = [model for _, model in saved]
     rng = random.Random(0)
