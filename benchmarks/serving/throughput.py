@@ -6,8 +6,8 @@ collaboration  the floor: the same chunks replayed on each engine alone, without
                the two cannot overlap, so the floor is the sum of both times; at 32 it is the slower engine's.
 protocol       what the paper's code does: for every token an HTTP request with the whole text, no session, no prefix
                cache, and the full vocabulary's log-probabilities as JSON, from the same engines.
-alone          the assistant writes everything, in one vLLM engine on all cores. Ours twice: both engines on all cores
-               (at low concurrency only one of them works at a time), and each on its own half.
+alone          the assistant writes everything, in one vLLM engine on all cores. Ours twice: both engines on all cores,
+               their threads sleeping while they wait (OMP_WAIT_POLICY=passive), and each on its own half.
 
 Engines: bfloat16, eager, no prefix cache. The router is the base's entropy at a cut, so that no training is involved;
 every request writes exactly `tokens` tokens. The last line of standard output is one JSON object for each part.
@@ -19,6 +19,7 @@ import argparse
 import asyncio
 import itertools
 import json
+import os
 import statistics
 import time
 from typing import Any
@@ -232,12 +233,12 @@ async def run_alone(options) -> dict[str, Any]:
         seconds, counts = await at_once(concurrency, [lambda p=p: plain(whole, p) for p in texts[:count]])
         results[f"concurrency_{concurrency}"] = {"assistant_alone": sum(counts) / seconds}
     await whole.close()
-    for placement, cores in (("shared_cores", (every, every)), ("own_cores", (own, others))):
+    placements = (("shared_cores", (every, every), "passive"), ("own_cores", (own, others), "active"))
+    for placement, cores, waiting in placements:
+        os.environ["OMP_WAIT_POLICY"] = waiting
         base, helper = engine(base_checkpoint(), cores[0]), engine(str(MODELS / ASSISTANT), cores[1])
         await collaboration_run(base, helper, texts[:2], 8, options.cut, 2)
         for concurrency, count in options.loads:
-            if placement == "shared_cores" and concurrency > 4:
-                continue  # two engines at work at once, on the same cores, wait for each other in every operation
             ours = await collaboration_run(base, helper, texts[:count], options.tokens, options.cut, concurrency)
             ours.pop("answers")
             row = results[f"concurrency_{concurrency}"]

@@ -212,10 +212,14 @@ class Decoder:
                 for i in guessed:
                     self.read_ahead.record(sources[i], i in right)
             self.counts["guesses_right"] += len(right)
+            if self.gate is not None:
+                self.gate.saved += len(right)
             going = [i for i in right if not self.is_blocked(rows[i])]
             if not going:
                 break
         self.counts["guesses"] += sum(map(len, guesses))
+        if self.gate is not None:
+            self.gate.steps += len(rows)
         for row, guess in zip(rows, guesses, strict=True):
             if guess:
                 self.forget(BASE, row, len(row.tokens) - 1)

@@ -10,7 +10,8 @@ tokens from one deferral to the next, it pays to draft on where
     s (a - b) > (1 - s) b / r        that is        s > 1 / (1 + r (a / b - 1)).
 
 a - b and not a is won, because asking at once gains a base step when all are right: the assistant has then read as far
-as the base, and the base reads along what it expects next.
+as the base, and the base reads along what it expects next. b is the cost of a token that the base writes, which is less
+than a step where it reads along with success.
 
 **Reading along.** A base step reads one token and costs hardly more for a few. So the base reads, behind the token
 that is certain, tokens that are likely to follow ([`ReadAhead`]): what the assistant expects where it has read as far,
@@ -65,6 +66,8 @@ class DraftGate:
     seen: list[int] = field(default_factory=lambda: [0] * len(PRIOR_ACCEPTANCE))
     deferrals: float = PRIOR_RATE * PRIOR_RATE_WEIGHT
     tokens: float = PRIOR_RATE_WEIGHT
+    steps: float = 8.0  # base steps, a few without a saving in front
+    saved: float = 0.0  # base steps saved by reading along
 
     def acceptance(self, probability: float) -> float:
         """Estimated probability that the assistant chooses a stand-in to which the base gives `probability`.
@@ -86,7 +89,8 @@ class DraftGate:
 
     def is_open(self, survival: float) -> bool:
         """Whether to draft on when all stand-ins are right with probability `survival`."""
-        return survival > 1 / (1 + self.deferrals / self.tokens * max(self.cost_ratio - 1, 0))
+        cost_ratio = self.cost_ratio * (1 + self.saved / self.steps)
+        return survival > 1 / (1 + self.deferrals / self.tokens * max(cost_ratio - 1, 0))
 
     def _bin(self, probability: float) -> int:
         return min(int(probability * len(self.seen)), len(self.seen) - 1)

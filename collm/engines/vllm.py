@@ -66,6 +66,7 @@ class VLLMEngine:
 
     async def close(self) -> None:
         self.engine.shutdown()
+        del self.engine  # its destructor would fail if it ran when the interpreter ends
         self._links.cleanup()
 
     def gate_ids(self, router: str) -> list[int]:

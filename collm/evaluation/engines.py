@@ -120,7 +120,9 @@ class EngineWriter:
         return self.options.get("threshold", self.deferral.threshold)
 
     def _sampling(self, number: int) -> Sampling:
+        seed = self.seed * 1_000_000 + number  # greedy too: routers may draw
         if not self.options.get("do_sample"):
-            return Sampling()
-        temperature, top_p = self.options.get("temperature", 1.0), self.options.get("top_p", 1.0)
-        return Sampling(temperature=temperature, top_p=top_p, seed=self.seed * 1_000_000 + number)
+            return Sampling(seed=seed)
+        return Sampling(
+            temperature=self.options.get("temperature", 1.0), top_p=self.options.get("top_p", 1.0), seed=seed
+        )

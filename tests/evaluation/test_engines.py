@@ -17,17 +17,18 @@ LENGTHS = {0: 40, 1: 2, 2: 2, 3: 2, 4: 2}  # problem -> new tokens: one is far l
 @pytest.fixture
 def writer(tokenizer):
     class Writer(EngineWriter):
-        begun: list[int] = []
+        begun: list[int]
+        lengths: dict[int, int]
 
         async def _write(self, problem):
             self.begun.append(problem.id)
-            self.max_new_tokens = LENGTHS[problem.id]
+            self.max_new_tokens = self.lengths[problem.id]
             return await super()._write(problem)
 
     model = tiny_collm()
     base, assistant = TransformersEngine(model, "base"), TransformersEngine(tiny_model(seed=5), "assistant")
     made = Writer(base, [assistant], tokenizer, frozenset(), model.config.deferral)
-    made.begun = []
+    made.begun, made.lengths = [], LENGTHS
     yield made
     made.close()
 
@@ -58,3 +59,11 @@ def test_what_was_finished_before_an_interruption_is_kept(tokenizer, writer, tmp
     generations = generate_all(writer, problems, again, batch_size=2)
     assert sorted(writer.begun) == [0, 3, 4]
     assert [len(g.token_ids) for g in generations] == [LENGTHS[p.id] for p in problems]
+
+
+def test_a_router_that_draws_draws_for_each_problem_anew(tokenizer, writer):
+    problems = make_problems([ROWS[0]] * 4, tokenizer)
+    writer.options = {"router": {"name": "random", "rate": 0.5}}
+    writer.lengths = dict.fromkeys(range(4), 20)
+    generations = generate_all(writer, problems, batch_size=4)
+    assert len({tuple(g.source) for g in generations}) == 4
