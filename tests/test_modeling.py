@@ -314,7 +314,7 @@ def test_generate_refuses_arguments_that_nobody_knows():
         tiny_collm().generate(torch.tensor([[5, 6]]), max_new_tokens=2, temprature=0.3)
 
 
-def test_the_trainer_keeps_the_scores_columns():
+def test_the_trainer_keeps_the_scores_columns(tmp_path):
     from datasets import Dataset
     from transformers import Trainer, TrainingArguments
 
@@ -322,7 +322,8 @@ def test_the_trainer_keeps_the_scores_columns():
         "input_ids": [[1, 2]], "labels": [[1, 2]], "assistant_logprobs": [[[-1.0], [-1.0]]],
         "assistant_correct": [[[True], [False]]], "source": ["x"],
     })  # fmt: skip
-    trainer = Trainer(tiny_collm(), TrainingArguments(report_to=[], use_cpu=True), train_dataset=rows)
+    arguments = TrainingArguments(str(tmp_path), report_to=[], use_cpu=True)
+    trainer = Trainer(tiny_collm(), arguments, train_dataset=rows)
     kept = trainer._remove_unused_columns(rows)
     assert set(kept.column_names) == {"input_ids", "labels", "assistant_logprobs", "assistant_correct"}
     assert trainer.model_accepts_loss_kwargs

@@ -48,8 +48,9 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="folder of `collm score`")
     parser.add_argument("--features-dir", required=True, help="features that `collm train` has cached")
     parser.add_argument("--batch-size", type=int, default=8, help="as that cache was made with")
+    parser.add_argument("--seed", type=int, default=42, help="likewise; that of `collm train`")
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--folds", type=int, default=5)
+    parser.add_argument("--folds", type=int, default=3)
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
 
@@ -57,7 +58,9 @@ def main() -> None:
     model = CoLLMForCausalLM.from_pretrained(
         arguments.base, dtype=arguments.dtype, deferral={"features": ["hidden", "uncertainty"]}
     ).eval()
-    data = cache_targets(model, dataset, DataCollatorForCoLLM(), arguments.features_dir, arguments.batch_size)
+    data = cache_targets(
+        model, dataset, DataCollatorForCoLLM(), arguments.features_dir, arguments.batch_size, arguments.seed
+    )
     folds = np.random.default_rng(0).permutation(int(data.rows.max()) + 1) % arguments.folds
     result: dict[str, Any] = {
         "settings": {
@@ -117,19 +120,18 @@ def routers(model: Any) -> dict[str, Fit]:
         "untrained: entropy": plain(0, 1),
         "untrained: largest probability": plain(2, -1),
     }
-    for features in ("uncertainty", "hidden", "hidden + uncertainty"):
-        for l2 in (0.01, 0.1, 1.0):
-            named[f"Z-initialisation, {features}, l2 {l2:g}"] = trained(model, features, l2)
     both = "hidden + uncertainty"
-    for weight in (1.0, 3.0):
-        named[f"Z-initialisation, {both}, weight {weight:g}"] = trained(model, both, weight=weight)
-    named[f"Z-initialisation, {both}, both wrong ignored"] = trained(model, both, ignore_both_wrong=True)
-    for features in ("hidden", "uncertainty", both):
-        for cost in (0.0, 0.2, 0.5):
-            named[f"marginal likelihood, {features}, c {cost:g}"] = trained(model, features, cost=cost)
-    named[f"marginal likelihood, {both}, c 0.2, l2 0.1"] = trained(model, both, l2=0.1, cost=0.2)
-    for width in (32,):
-        named[f"hidden layer of {width}, {both}, c 0.2"] = hidden_layer(model, width, 0.2)
+    for features, penalties in {"uncertainty": (0.01,), "hidden": (0.01, 0.1), both: (0.01, 0.1, 1.0)}.items():
+        for l2 in penalties:
+            named[f"Z-initialisation, {features}, l2 {l2:g}"] = trained(model, features, l2)
+    named[f"Z-initialisation, {both}, l2 0.1, weight 1"] = trained(model, both, 0.1, weight=1.0)
+    named[f"Z-initialisation, {both}, l2 0.1, both wrong ignored"] = trained(model, both, 0.1, ignore_both_wrong=True)
+    for features, cost, l2 in (
+        ("uncertainty", 0.2, 0.01), ("hidden", 0.2, 0.01),
+        (both, 0.0, 0.01), (both, 0.2, 0.01), (both, 0.5, 0.01), (both, 0.2, 0.1),
+    ):  # fmt: skip
+        named[f"marginal likelihood, {features}, c {cost:g}, l2 {l2:g}"] = trained(model, features, l2, cost=cost)
+    named[f"hidden layer of 32, {both}, c 0.2"] = hidden_layer(model, 32, 0.2)
     return named
 
 

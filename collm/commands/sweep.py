@@ -39,6 +39,9 @@ class SweepOptions:
     calibration_problems: int = field(
         default=64, metadata={"help": "the first problems set thresholds; the rest are reported"}
     )
+    tolerance: float = field(
+        default=0.01, metadata={"help": "how near the rate of a threshold has to come on the calibration problems"}
+    )
     fine_tuned: str | None = field(default=None, metadata={"help": "a fine-tuned base, run alone"})
     weak_supervision: str | None = field(
         default=None, metadata={"help": "a deferral checkpoint trained with weak supervision, at the same rates"}
@@ -86,6 +89,7 @@ def _sweep(team: Any, models: ModelOptions, data: DataOptions, options: SweepOpt
         data.settings(problems),
         data.batch_size,
         load_plain(options.untuned, models.dtype, models.device) if options.untuned else None,
+        options.tolerance,
     )
     points: list[dict[str, Any]] = []
     for method in options.methods:

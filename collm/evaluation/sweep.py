@@ -58,6 +58,7 @@ class Sweep:
         settings (mapping): what the texts depend on.
         batch_size: as in `collm eval`.
         untuned (`PreTrainedModel`, *optional*): the base before tuning, for proxy tuning.
+        tolerance (`float`, *optional*, defaults to 0.01): of the thresholds' rates, as in `collm calibrate`.
     """
 
     team: Team
@@ -68,6 +69,7 @@ class Sweep:
     settings: Mapping[str, Any]
     batch_size: int = 8
     untuned: Any = None
+    tolerance: float = 0.01
     prefix: str = ""  # of file names and method names, for a second checkpoint
     texts: dict[str, list[Generation]] = field(default_factory=dict, init=False)
 
@@ -157,7 +159,7 @@ class Sweep:
                 f"the thresholds of {trajectory.router['name']} have to be measured on problems that are not reported: "
                 "set --calibration-problems"
             )
-        rows, _ = calibrate_rates(trajectory, rates, report=print)
+        rows, _ = calibrate_rates(trajectory, rates, tolerance=self.tolerance, report=print)
         table = DeferralConfig(calibration=rows)
         reached = [row["rate"] for row in rows]
         return {rate: table.threshold_for_rate(min(max(rate, reached[0]), reached[-1])) for rate in rates}
