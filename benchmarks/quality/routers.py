@@ -34,7 +34,7 @@ from collm.data.collator import DataCollatorForCoLLM
 from collm.data.scoring import load_scored
 from collm.losses import deferral_labels, marginal_likelihood_loss
 from collm.training.cache import cache_targets
-from collm.training.solver import Solution, head_logits, roc_auc, solve_head
+from collm.training.solver import DEFAULT_L2, HIDDEN_PENALTY, Solution, head_logits, roc_auc, solve_head
 from collm.training.targets import TargetData
 from collm.training.zinit import set_standardisation
 
@@ -121,16 +121,22 @@ def routers(model: Any) -> dict[str, Fit]:
         "untrained: largest probability": plain(2, -1),
     }
     both = "hidden + uncertainty"
-    for features, penalties in {"uncertainty": (0.01,), "hidden": (0.01, 0.1), both: (0.01, 0.1, 1.0)}.items():
-        for l2 in penalties:
-            named[f"Z-initialisation, {features}, l2 {l2:g}"] = trained(model, features, l2)
-    named[f"Z-initialisation, {both}, l2 0.1, weight 1"] = trained(model, both, 0.1, weight=1.0)
-    named[f"Z-initialisation, {both}, l2 0.1, both wrong ignored"] = trained(model, both, 0.1, ignore_both_wrong=True)
-    for features, cost, l2 in (
-        ("uncertainty", 0.2, 0.01), ("hidden", 0.2, 0.01),
-        (both, 0.0, 0.01), (both, 0.2, 0.01), (both, 0.5, 0.01), (both, 0.2, 0.1),
-    ):  # fmt: skip
-        named[f"marginal likelihood, {features}, c {cost:g}, l2 {l2:g}"] = trained(model, features, l2, cost=cost)
+    for penalty in (1.0, 10.0, 100.0):
+        named[f"Z-initialisation, {both}, hidden penalty x{penalty:g}"] = trained(model, both, penalty)
+    named["Z-initialisation, uncertainty"] = trained(model, "uncertainty")
+    named["Z-initialisation, hidden"] = trained(model, "hidden")
+    named[f"Z-initialisation, {both}, l2 0.1"] = trained(model, both, l2=0.1)
+    named[f"Z-initialisation, {both}, weight 1"] = trained(model, both, weight=1.0)
+    named[f"Z-initialisation, {both}, both wrong ignored"] = trained(model, both, ignore_both_wrong=True)
+    for features, cost in (
+        ("uncertainty", 0.2),
+        ("hidden", 0.2),
+        ("hidden", 0.0),
+        (both, 0.0),
+        (both, 0.2),
+        (both, 0.5),
+    ):
+        named[f"marginal likelihood, {features}, c {cost:g}"] = trained(model, features, cost=cost)
     named[f"hidden layer of 32, {both}, c 0.2"] = hidden_layer(model, 32, 0.2)
     return named
 
@@ -146,7 +152,8 @@ def standardised(model: Any, fitted: TargetData, held: TargetData, features: str
 def trained(
     model: Any,
     features: str,
-    l2: float = 0.01,
+    hidden_penalty: float = HIDDEN_PENALTY,
+    l2: float = DEFAULT_L2,
     weight: float = 8.0,
     ignore_both_wrong: bool = False,
     cost: float | None = None,
@@ -171,9 +178,12 @@ def trained(
                 fitted.base_logprobs[rows], fitted.assistant_logprobs[rows], logits, cost, len(fitted)
             )
 
-        head: Solution = solve_head(own, cross_entropy, 1, l2)
+        penalties = torch.full((own.shape[1],), l2, dtype=torch.float64)
+        if "hidden" in features:
+            penalties[: fitted.features.shape[1] - 4] *= hidden_penalty
+        head: Solution = solve_head(own, cross_entropy, 1, penalties)
         if cost is not None:
-            head = solve_head(own, marginal, 1, l2, start=head)
+            head = solve_head(own, marginal, 1, penalties, start=head)
         return head_logits(others, head, torch.Tensor.float)[:, 0]
 
     return fit

@@ -22,6 +22,7 @@ import itertools
 import json
 import os
 import statistics
+import sys
 import time
 from typing import Any
 
@@ -119,6 +120,11 @@ def pair():
     return engine(base_checkpoint(), own, max_logprobs=-1), engine(str(MODELS / ASSISTANT), others, max_logprobs=-1)
 
 
+def show(concurrency: int, *found: Any) -> None:
+    """What was measured last, for whoever watches: a result file comes at the end."""
+    print(f"concurrency {concurrency}:", *found, file=sys.stderr, flush=True)
+
+
 async def run_collaboration(options, base, helper) -> dict[str, Any]:
     texts = prompts(64)
     await collaboration_run(base, helper, texts[:2], 8, options.cut, 2)  # warm
@@ -133,6 +139,7 @@ async def run_collaboration(options, base, helper) -> dict[str, Any]:
             **ours, "base_alone_seconds": alone, "assistant_alone_seconds": reading,
             "of_floor": floor / ours["seconds"],
         }  # fmt: skip
+        show(concurrency, results[f"concurrency_{concurrency}"])
         if concurrency == 1:
             steps = await step_time(base, texts[0]), await step_time(helper, texts[0])
             results["handoff"] = handoff_overhead(answers, *steps)
@@ -215,6 +222,7 @@ async def run_protocol(options, base, helper) -> dict[str, Any]:
         results[f"concurrency_{concurrency}"] = {
             "published": theirs, "ours": ours, "ratio": ours["tokens_per_second"] / theirs["tokens_per_second"]
         }  # fmt: skip
+        show(concurrency, results[f"concurrency_{concurrency}"])
     server.should_exit = True
     await serving
     return results
@@ -238,6 +246,7 @@ async def run_alone(options) -> dict[str, Any]:
     for concurrency, count in options.loads:
         seconds, counts = await at_once(concurrency, [lambda p=p: plain(whole, p) for p in texts[:count]])
         results[f"concurrency_{concurrency}"] = {"assistant_alone": sum(counts) / seconds}
+        show(concurrency, results[f"concurrency_{concurrency}"])
     await whole.close()
     placements = (("shared_cores", (every, every), "passive"), ("own_cores", (own, others), "active"))
     for placement, cores, waiting in placements:
@@ -249,6 +258,7 @@ async def run_alone(options) -> dict[str, Any]:
             ours.pop("answers")
             row = results[f"concurrency_{concurrency}"]
             row[placement] = {**ours, "ratio": ours["tokens_per_second"] / row["assistant_alone"]}
+            show(concurrency, placement, row[placement])
         await base.close()
         await helper.close()
     return results

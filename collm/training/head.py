@@ -22,7 +22,7 @@ from collm.losses import (
 
 from .cache import cache_targets
 from .distributed import from_main_process, processes
-from .solver import DEFAULT_L2, Solution, head_logits, roc_auc, solve_head, solving_device
+from .solver import DEFAULT_L2, Solution, feature_penalties, head_logits, roc_auc, solve_head, solving_device
 from .targets import Collator, TargetData, collect_targets, deferral_model
 from .zinit import ZInitialization, copy_standardisation, fit_pseudo_labels, write_head
 
@@ -96,7 +96,8 @@ def train_head(
         dataset, collator, batch_size, seed: as in [`~collm.training.zinit.z_initialise`].
         cache_dir (`str`, *optional*): folder for the features; default: in memory.
         method, ignore_both_wrong, positive_weight: of the Z-initialisation.
-        l2 (`float`, *optional*, defaults to 0.01): penalty of both steps, see [`~collm.training.solver.solve_head`].
+        l2 (`float`, *optional*, defaults to 0.01): penalty of both steps on the uncertainty features; ten times as
+            much on the hidden state, see [`~collm.training.solver.feature_penalties`].
         held_out (`float`, *optional*, defaults to 0.1): share of the rows that is only measured on.
         max_iterations (`int`, *optional*, defaults to 300): of L-BFGS.
 
@@ -171,7 +172,8 @@ def _solve(
         return marginal_likelihood_loss(base[rows], assistants[rows], logits, deferral.deferral_cost, N)
 
     return solve_head(
-        data.features, objective, deferral.num_assistants, l2, deferral.bias,
+        data.features, objective, deferral.num_assistants,
+        feature_penalties(l2, deferral, data.features.shape[1]), deferral.bias,
         start=start,
         prepare=collm.standardise, device=device, max_iterations=max_iterations,
         progress="head" if progress else None,

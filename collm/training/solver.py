@@ -10,9 +10,13 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from collm.configuration import DeferralConfig
+
 CHUNK = 8192  # rows that exist in float64 at once
-# Of both problems, chosen on held-out GSM8K (benchmarks/zinit).
+# Of both problems, chosen on held-out GSM8K (benchmarks/zinit, benchmarks/quality/routers.py). The hidden state's
+# coordinates are many and weak, the four numbers of uncertainty few and strong: a common penalty lets the many overfit.
 DEFAULT_L2 = 0.01
+HIDDEN_PENALTY = 10.0
 
 
 @dataclass
@@ -29,7 +33,7 @@ def solve_head(
     features: Tensor,
     loss_of_logits: Callable[[Tensor, slice], Tensor],
     num_assistants: int,
-    l2: float,
+    l2: float | Tensor,
     bias: bool = False,
     start: Solution | None = None,
     prepare: Callable[[Tensor], Tensor] = torch.Tensor.double,
@@ -40,7 +44,7 @@ def solve_head(
 ) -> Solution:
     r"""Minimise a loss of the logits z_t = W f_t over W, with features fixed, by L-BFGS in float64.
 
-    $$ \min_W \; \mathrm{loss}(F W^\top) + \frac{\lambda}{2} \sum_{k,j} (s_j W_{kj})^2 $$
+    $$ \min_W \; \mathrm{loss}(F W^\top) + \frac{1}{2} \sum_{k,j} \lambda_j (s_j W_{kj})^2 $$
 
     Hidden states have a few coordinates a thousand times larger than the rest ("massive activations") and strong
     correlations. Three things make the problem easy without changing it:
@@ -57,7 +61,7 @@ def solve_head(
         loss_of_logits (callable): `(logits, rows)`, float64 logits `(n, K)` of the rows in the slice, to the sum of
             their losses divided by whatever makes it a mean over all N.
         num_assistants (`int`): K.
-        l2 (`float`): lambda, at least 0.
+        l2 (`float`, or `torch.Tensor` of shape `(F,)`): lambda, at least 0; one for all features, or one for each.
         bias (`bool`, *optional*, defaults to `False`): one more feature, constantly 1.
         start ([`Solution`], *optional*): where to start; default zeros.
         prepare (callable, *optional*): applied to every chunk of rows `(n, F)`, e.g. to standardise it.
@@ -71,6 +75,8 @@ def solve_head(
     """
     # 1. and 2. Scale, then the square root of the curvature.
     columns = features.shape[1] + bias
+    penalty = torch.as_tensor(l2, dtype=torch.float64, device=device).expand(features.shape[1])
+    penalty = F.pad(penalty, (0, 1), value=penalty.min().item()) if bias else penalty
 
     def chunks() -> Iterator[tuple[slice, Tensor]]:
         for first in range(0, len(features), CHUNK):
@@ -84,7 +90,7 @@ def solve_head(
     scale = gram.diagonal().sqrt()
     scale = torch.where(scale > 0, scale, 1.0)
     curvature = gram / torch.outer(scale, scale) / 4
-    curvature.diagonal().add_(max(l2, 1e-8))
+    curvature.diagonal().add_(penalty.clamp_min(1e-8))
     root = torch.linalg.cholesky(curvature)
 
     def to_weight(v: Tensor) -> Tensor:
@@ -103,8 +109,8 @@ def solve_head(
             slope += torch.autograd.grad(loss, logits)[0].T @ chunk
             total += loss.item()
         penalised = weight * scale
-        total += l2 / 2 * penalised.square().sum().item()
-        slope += l2 * penalised * scale
+        total += (penalty / 2 * penalised.square()).sum().item()
+        slope += penalty * penalised * scale
         return total, torch.linalg.solve_triangular(root, (slope / scale).T, upper=False).T
 
     initial = torch.zeros(num_assistants, columns, dtype=torch.float64, device=device)
@@ -131,6 +137,13 @@ def solve_head(
     weight = to_weight(variables.detach()).cpu()
     loss, _ = evaluate(variables.detach())
     return Solution(weight[:, : features.shape[1]], weight[:, -1] if bias else None, loss, len(evaluations) + 1)
+
+
+def feature_penalties(l2: float, deferral: DeferralConfig, width: int) -> Tensor:
+    """`l2` for each of the head's `width` features: [`HIDDEN_PENALTY`] times as much for the hidden state's."""
+    penalties = torch.full((width,), l2, dtype=torch.float64)
+    penalties[: width - deferral.head_size(0)] *= HIDDEN_PENALTY
+    return penalties
 
 
 def solving_device(device: torch.device) -> torch.device:

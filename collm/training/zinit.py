@@ -19,7 +19,7 @@ from collm.errors import ConfigurationError, did_you_mean
 from collm.losses import deferral_labels, log_deferral_probabilities
 
 from .distributed import from_main_process
-from .solver import DEFAULT_L2, Solution, head_logits, roc_auc, solve_head, solving_device
+from .solver import DEFAULT_L2, Solution, feature_penalties, head_logits, roc_auc, solve_head, solving_device
 from .targets import Collator, TargetData, collect_targets, deferral_model
 
 logger = logging.getLogger(__name__)
@@ -92,7 +92,8 @@ def z_initialise(
             in the paper's code; `"balanced"` gives each assistant's tokens the base's total weight, `"sqrt_balanced"`
             the square root of that factor.
         max_tokens (`int`, *optional*, defaults to 65536): target tokens to use; `None` for all.
-        l2 (`float`, *optional*, defaults to 0.01): penalty, see [`~collm.training.solver.solve_head`].
+        l2 (`float`, *optional*, defaults to 0.01): penalty on the uncertainty features; ten times as much on the hidden
+            state, see [`~collm.training.solver.feature_penalties`].
         held_out (`float`, *optional*, defaults to 0.1): share of the rows that only the AUC is measured on.
         batch_size (`int`, *optional*, defaults to 8): rows of a forward pass.
         seed (`int`, *optional*, defaults to 0): of the choice of rows.
@@ -189,7 +190,8 @@ def _solve(collm: Any, data: TargetData, labels: Tensor, weights: Tensor, l2: fl
         return F.nll_loss(log_pi, labels[rows], weights, ignore_index=-1, reduction="sum") / total
 
     return solve_head(
-        data.features, cross_entropy, deferral.num_assistants, l2, deferral.bias,
+        data.features, cross_entropy, deferral.num_assistants,
+        feature_penalties(l2, deferral, data.features.shape[1]), deferral.bias,
         prepare=collm.standardise, device=device,
     )  # fmt: skip
 

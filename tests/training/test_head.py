@@ -18,6 +18,7 @@ from collm.errors import ScoreMismatchError
 from collm.losses import marginal_likelihood_loss
 from collm.training.cache import cache_targets
 from collm.training.head import train_head
+from collm.training.solver import HIDDEN_PENALTY, feature_penalties
 from collm.training.targets import collect_targets
 
 COLLATOR = DataCollatorForCoLLM()
@@ -34,7 +35,9 @@ def test_head_reaches_the_likelihood_that_gradient_descent_on_the_model_reaches(
     model.zero_grad()
     model(**batch).loss.backward()
     scale = model.standardise(data.features).square().mean(0)
-    gradient = model.deferral_head.weight.grad + l2 * scale * model.deferral_head.weight
+    penalties = feature_penalties(l2, model.config.deferral, data.features.shape[1])
+    assert penalties.unique().tolist() == pytest.approx([l2, HIDDEN_PENALTY * l2])
+    gradient = model.deferral_head.weight.grad + penalties * scale * model.deferral_head.weight
     assert (gradient / scale.sqrt()).abs().max() < 1e-5
     assert model.deferral_head.weight.abs().max() > 0.01
 
