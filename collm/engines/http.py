@@ -16,7 +16,7 @@ import httpx
 
 from collm.errors import AssistantError
 
-from .session import Gate, Piece, Sampling
+from .session import Gate, Piece, Sampling, Tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -132,19 +132,13 @@ class HTTPEngine:
         raise AssistantError(f"{self.name} gave no answer: {problem}")
 
 
-class HTTPSession:
+class HTTPSession(Tokens):
     """The text so far; the server keeps nothing."""
 
     def __init__(self, engine: HTTPEngine, prompt_ids: list[int], sampling: Sampling):
         self._engine = engine
-        self._tokens = prompt_ids
+        super().__init__(prompt_ids)
         self._sampling = sampling
-
-    def extend(self, token_ids: Sequence[int]) -> None:
-        self._tokens.extend(token_ids)
-
-    def retract(self) -> None:
-        del self._tokens[-1]
 
     async def decode(
         self, max_tokens: int, stop_ids: frozenset[int] = frozenset(), gate: Gate | None = None, report: bool = False

@@ -112,6 +112,19 @@ class Session(Protocol):
         ...
 
 
+class Tokens:
+    """The part of a [`Session`] that is the same in every engine: its tokens, computed or not."""
+
+    def __init__(self, tokens: list[int]):
+        self._tokens = tokens
+
+    def extend(self, token_ids: Sequence[int]) -> None:
+        self._tokens.extend(token_ids)
+
+    def retract(self) -> None:
+        del self._tokens[-1]
+
+
 class Engine(Protocol):
     """Something that decodes sequences.
 

@@ -33,7 +33,7 @@ from collm.decoding.sampling import TOKEN, gumbel, noise_key
 from collm.errors import AssistantError
 from collm.losses import deferral_probabilities, uncertainty_features
 
-from .session import Gate, Piece, Sampling
+from .session import Gate, Piece, Sampling, Tokens
 
 DEFAULT_MAX_LENGTH = 4096  # where the checkpoint does not say
 MAX_BATCH = 64  # sessions in one forward
@@ -158,12 +158,12 @@ class TransformersEngine:
             return [result for step in batch for result in self._run([step])]  # whose failure is it?
 
 
-class TransformersSession:
+class TransformersSession(Tokens):
     """One sequence and its cache."""
 
     def __init__(self, engine: TransformersEngine, prompt_ids: list[int], sampling: Sampling):
         self._engine = engine
-        self._tokens = prompt_ids
+        super().__init__(prompt_ids)
         self._computed = 0
         self._seen: tuple[Tensor, Tensor | None]
         self.row = engine.row()
@@ -172,12 +172,6 @@ class TransformersSession:
         self._seed = random.getrandbits(63) if sampling.seed is None else sampling.seed
         self._greedy = sampling.temperature == 0
         self._warpers = _warpers(sampling)
-
-    def extend(self, token_ids: Sequence[int]) -> None:
-        self._tokens.extend(token_ids)
-
-    def retract(self) -> None:
-        del self._tokens[-1]
 
     async def decode(
         self, max_tokens: int, stop_ids: frozenset[int] = frozenset(), gate: Gate | None = None, report: bool = False

@@ -26,7 +26,7 @@ from collm.configuration import DeferralConfig
 from collm.errors import AssistantError
 from collm.vllm_plugin.gates import gate_bias, reserved_ids, score_of_logprob
 
-from .session import Finish, Gate, Piece, Sampling, sigmoid
+from .session import Finish, Gate, Piece, Sampling, Tokens, sigmoid
 
 # Scheduled ahead, a step would be computed behind every hand-off and thrown away.
 DEFAULTS = {"async_scheduling": False}
@@ -74,22 +74,16 @@ class VLLMEngine:
         return reserved_ids(self.vocab_size, self.deferral.num_assistants, router)
 
 
-class VLLMSession:
+class VLLMSession(Tokens):
     """One resumable request."""
 
     def __init__(self, engine: VLLMEngine, prompt_ids: list[int], sampling: Sampling):
         self._engine = engine
         self._sampling = sampling
-        self._tokens = prompt_ids
+        super().__init__(prompt_ids)
         self._computed = 0  # tokens that the engine has read; its KV cache holds them
         self._chunks: asyncio.Queue[StreamingInput] = asyncio.Queue()
         self._outputs: AsyncGenerator | None = None
-
-    def extend(self, token_ids: Sequence[int]) -> None:
-        self._tokens.extend(token_ids)
-
-    def retract(self) -> None:
-        del self._tokens[-1]
 
     async def decode(
         self, max_tokens: int, stop_ids: frozenset[int] = frozenset(), gate: Gate | None = None, report: bool = False

@@ -53,7 +53,8 @@ class Trajectory:
 
     def __call__(self, threshold: float) -> Run:
         options = {**self.team.writer.options, **self.options(threshold)}
-        path = self.folder / f"{self.router['name']}-{threshold:.9g}.jsonl" if self.folder else None
+        run = "never" if threshold == np.inf else f"{self.router['name']}-{threshold:.9g}"  # the same for all routers
+        path = self.folder / f"{run}.jsonl" if self.folder else None
         store = GenerationStore(path, {**self.team.identity, **self.settings, "decoding": options})
         shown = f"{self.router['name']} at {threshold:.4g}"
         generations = generate_all(

@@ -217,6 +217,8 @@ def test_a_reader_that_leaves_frees_every_session():
 
     asyncio.run(leave())
     assert len(opened) == 2
+    for engine in (base_engine, *helper_engines):
+        engine._thread.submit(lambda: None).result()  # sessions are freed in the engine's thread, in turn
     assert not base_engine.reader.length
     assert not helper_engines[0].reader.length
 
