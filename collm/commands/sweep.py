@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import sys
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -93,7 +94,10 @@ def _sweep(team: Any, models: ModelOptions, data: DataOptions, options: SweepOpt
     )
     points: list[dict[str, Any]] = []
     for method in options.methods:
-        points += sweep.points(method, options.rates)
+        found = sweep.points(method, options.rates)
+        for point in found:
+            print(f"{point['method']}: {point['quality']:.1%} at {point['rate']:.1%} deferred", file=sys.stderr)
+        points += found
         _save(options, models, data, metric, points)
     if options.fine_tuned:
         tuned = load_plain(options.fine_tuned, models.dtype, models.device)
