@@ -74,20 +74,27 @@ def main() -> None:
         "machine": {"processor": platform.processor() or platform.machine(), "torch": torch.__version__},
         "routers": {},
     }
+    if arguments.output and arguments.output.is_file():  # a run that was killed goes on
+        found = json.loads(arguments.output.read_text(encoding="utf-8"))
+        if found["settings"] == result["settings"]:
+            result["routers"] = found["routers"]
     for name, fit in routers(model).items():
+        if name in result["routers"]:
+            continue
         began = time.perf_counter()
         result["routers"][name] = line = judge(fit, data, folds)
         print(
-            f"{name:52} AUC {line['auc']:.3f}  found "
+            f"{name:58} AUC {line['auc']:.3f}  found "
             + "  ".join(f"{rate:.0%}: {line['found'][str(rate)]:.3f}" for rate in RATES)
             + "  whole "
             + "  ".join(f"{line['whole'][str(rate)]:.3f}" for rate in RATES)
             + f"  {time.perf_counter() - began:.1f} s",
             file=sys.stderr,
+            flush=True,
         )
-    if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        if arguments.output:
+            arguments.output.parent.mkdir(parents=True, exist_ok=True)
+            arguments.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(result))
 
 
