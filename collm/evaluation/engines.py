@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from itertools import islice
@@ -53,7 +53,7 @@ class EngineWriter:
                 "combiners need whole distributions, which engines keep: use --engine transformers"
             )
 
-    def write(self, problems: Sequence[Problem], at_once: int) -> Iterator[list[Generation]]:
+    def write(self, problems: Sequence[Problem], at_once: int) -> Generator[list[Generation], None, None]:
         """Answers as they are finished: where one ends, the next problem begins. Their `seconds` add up to the
         wall-clock time."""
         waiting, running = iter(problems), set[asyncio.Task[Generation]]()

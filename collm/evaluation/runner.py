@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any, Protocol
@@ -92,7 +93,7 @@ class Writer(Protocol):
     """What writes texts: models in this process, serving engines, or a server. `seconds` of the texts add up to the
     wall-clock time."""
 
-    def write(self, problems: Sequence[Problem], at_once: int) -> Iterator[list[Generation]]:
+    def write(self, problems: Sequence[Problem], at_once: int) -> Generator[list[Generation], None, None]:
         """All texts, in any order, as they are finished; `at_once` are written at the same time."""
         ...
 
@@ -118,7 +119,7 @@ class ModelWriter:
     max_new_tokens: int = 512
     seed: int = 0
 
-    def write(self, problems: Sequence[Problem], at_once: int) -> Iterator[list[Generation]]:
+    def write(self, problems: Sequence[Problem], at_once: int) -> Generator[list[Generation], None, None]:
         """Batches of `at_once`, in order."""
         for start in range(0, len(problems), at_once):
             yield self._batch(problems[start : start + at_once])
@@ -195,9 +196,10 @@ def generate_all(
     with tqdm(
         total=len(problems), initial=len(problems) - len(missing), desc=description, unit="text", disable=None
     ) as bar:
-        for generations in writer.write(missing, batch_size):
-            store.add(generations)
-            bar.update(len(generations))
+        with closing(writer.write(missing, batch_size)) as written:  # interrupted, nothing goes on writing
+            for generations in written:
+                store.add(generations)
+                bar.update(len(generations))
     return [store.done[problem.id] for problem in problems]
 
 

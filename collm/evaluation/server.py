@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from typing import Any
@@ -50,7 +50,7 @@ class ServerWriter:
         """Ends the connections."""
         self._client.close()
 
-    def write(self, problems: Sequence[Problem], at_once: int) -> Iterator[list[Generation]]:
+    def write(self, problems: Sequence[Problem], at_once: int) -> Generator[list[Generation], None, None]:
         """Answers as they come, `at_once` requests being on their way."""
         with ThreadPoolExecutor(at_once) as pool:
             asked = {pool.submit(self._ask, problem): problem for problem in problems}
