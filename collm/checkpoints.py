@@ -293,9 +293,10 @@ def link_full_checkpoint(name: str, folder: str | os.PathLike[str]) -> bool:
         CheckpointError: an adapter, or a head whose base is no plain safetensors checkpoint.
     """
     adapter, head = _find(name, ADAPTER_FILE, {}), _find(name, HEAD_FILE, {})
-    if not adapter and not head:
+    deferral = getattr(_read_config(name, {})[0], "deferral", None) if adapter or head else None
+    if deferral is None:
         return False
-    base = DeferralConfig.from_any(_read_config(name, {})[0].deferral).base_model or ""
+    base = DeferralConfig.from_any(deferral).base_model or ""
     files = sorted(_whole(base).iterdir()) if head and base else []
     weights = [file for file in files if file.suffix == ".safetensors"]
     if not weights or getattr(_read_config(base, {})[0], "deferral", None) is not None:

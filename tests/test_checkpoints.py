@@ -227,6 +227,9 @@ def test_head_only_becomes_a_full_checkpoint_by_links(tmp_path, shard):
 
 def test_only_head_only_checkpoints_over_plain_bases_are_linked(full, adapter, tmp_path):
     assert not link_full_checkpoint(str(full), tmp_path)
+    plain = Path(save_plain(tiny_model("qwen2"), tmp_path / "plain"))
+    (plain / "adapter_config.json").write_text("{}")  # left beside whole weights
+    assert not link_full_checkpoint(str(plain), tmp_path)
     folder, _ = adapter
     with pytest.raises(CheckpointError, match="collm export"):
         link_full_checkpoint(str(folder), tmp_path)

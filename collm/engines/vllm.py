@@ -65,9 +65,10 @@ class VLLMEngine:
         return not self.engine.errored
 
     async def close(self) -> None:
-        self.engine.shutdown()
-        del self.engine  # its destructor would fail if it ran when the interpreter ends
-        self._links.cleanup()
+        if hasattr(self, "engine"):  # the first time
+            self.engine.shutdown()
+            del self.engine  # its destructor would fail if it ran when the interpreter ends
+            self._links.cleanup()
 
     def gate_ids(self, router: str) -> list[int]:
         assert self.deferral is not None
