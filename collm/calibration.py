@@ -2,9 +2,9 @@
 Thresholds that hold: from a budget ("a fifth of the tokens") or a goal to the threshold that `generate` uses.
 
 Deferring changes the text, and with it every later decision, so that a rate measured on the base's own text or on
-reference text is only a starting point. [`calibrate_rates`] measures on what the pair writes together:
+reference text does not hold. [`calibrate_rates`] measures on what the pair writes together:
 
-1. Begin with the scores d_t along some text (references, or the base's own): a first guess of the threshold.
+1. Begin with the scores d_t along the base's own text: a first guess of the threshold.
 2. Generate at the guess. The realised rate is exact for these prompts; the scores along this text say what other
    thresholds would do *near it*.
 3. Estimate the rate at any threshold from the runs on both sides of it ([`estimated_rates`]) and solve for the asked
@@ -43,15 +43,11 @@ class Run:
             its score exceeds the threshold. For the learned head the score is d_t.
         asked (`list[int]`, *optional*): for each text, how many tokens were deferred in fact; by default, how many
             scores exceed the threshold.
-        realised (`bool`, *optional*, defaults to `True`): whether the texts were generated at this threshold.
-        References
-            and the like start a calibration but prove no rate.
     """
 
     threshold: float
     scores: list[np.ndarray]
     asked: list[int] | None = None
-    realised: bool = True
 
     def __post_init__(self) -> None:
         self.sorted = np.sort(np.concatenate([np.asarray(s, dtype=np.float64) for s in self.scores] or [np.empty(0)]))
@@ -84,7 +80,6 @@ class Run:
 def calibrate_rates(
     run_at: Callable[[float], Run],
     rates: Sequence[float] = RATES,
-    start: Run | None = None,
     tolerance: float = 0.01,
     runs_per_rate: int = 4,
     report: Callable[[str], None] = lambda line: None,
@@ -93,9 +88,8 @@ def calibrate_rates(
     The table from rates to thresholds, measured on the collaborative trajectory.
 
     Args:
-        run_at (callable): generates at a threshold and returns the [`Run`].
+        run_at (callable): generates at a threshold and returns the [`Run`]; first at infinity, which never defers.
         rates (sequence of `float`, *optional*): the rates to calibrate, each strictly between 0 and 1.
-        start ([`Run`], *optional*): scores along any text; by default the first run is one that never defers.
         tolerance (`float`, *optional*, defaults to 0.01): how near a realised rate has to come, as a share of tokens.
         runs_per_rate (`int`, *optional*, defaults to 4): give up on a rate after that many runs for it.
         report (callable, *optional*): told about each run in one line.
@@ -113,9 +107,8 @@ def calibrate_rates(
     for rate in rates:
         if not 0 < rate < 1:
             raise ConfigurationError(f"rates to calibrate are shares of tokens between 0 and 1; got {rate}")
-    if start is None:
-        start = run_at(np.inf)
-        report(f"base alone: {start.sorted.size} tokens")
+    start = run_at(np.inf)
+    report(f"base alone: {start.sorted.size} tokens")
     if start.sorted[0] == start.sorted[-1]:
         raise CalibrationError(
             f"every token has the score {start.sorted[0]:.6g}: the head is not trained (a new head says 0.5 everywhere)"
@@ -125,12 +118,11 @@ def calibrate_rates(
     for rate in sorted(rates, key=lambda r: abs(r - float(np.median(rates)))):
         for _ in range(runs_per_rate):
             threshold = solve(runs, rate)
-            if _nearest(runs, rate, tolerance) or any(run.realised and run.threshold == threshold for run in runs):
+            if _nearest(runs, rate, tolerance) or any(run.threshold == threshold for run in runs):
                 break
             runs.append(run_at(threshold))
             report(f"asked {rate:.1%}: threshold {threshold:.6g} realised {runs[-1].rate:.1%}")
-    realised = [run for run in runs if run.realised]
-    rows = [_row(runs, realised, rate, tolerance) for rate in sorted(set(rates))]
+    rows = [_row(runs, rate, tolerance) for rate in sorted(set(rates))]
     return _monotone(rows), runs
 
 
@@ -147,11 +139,10 @@ def estimated_rates(runs: Sequence[Run], thresholds: np.ndarray) -> np.ndarray:
     Between two runs, what both texts say is joined, weighted by nearness (by the share of tokens whose scores lie
     between the two thresholds), so that the estimate is exact at either. Below the lowest run, that run's text, its
     change scaled by how much of a predicted change came true between the two lowest runs: where a deferral makes the
-    next one less likely, it is less than all of it. A text that was not generated at a threshold (`realised=False`)
-    stands for "never".
+    next one less likely, it is less than all of it.
     """
-    ordered = sorted(runs, key=lambda run: run.threshold if run.realised else np.inf)
-    ends = [run.threshold if run.realised else np.inf for run in ordered]
+    ordered = sorted(runs, key=lambda run: run.threshold)
+    ends = [run.threshold for run in ordered]
     lowest = ordered[0]
     response = 1.0
     if len(ordered) > 1:
@@ -262,13 +253,13 @@ def _between_scores(distinct: np.ndarray) -> np.ndarray:
 
 
 def _nearest(runs: Sequence[Run], rate: float, tolerance: float) -> Run | None:
-    near = [run for run in runs if run.realised and abs(run.rate - rate) <= tolerance]
+    near = [run for run in runs if abs(run.rate - rate) <= tolerance]
     return min(near, key=lambda run: abs(run.rate - rate), default=None)
 
 
-def _row(runs: Sequence[Run], realised: Sequence[Run], rate: float, tolerance: float) -> dict[str, Any]:
+def _row(runs: Sequence[Run], rate: float, tolerance: float) -> dict[str, Any]:
     held = _nearest(runs, rate, tolerance)
-    run = held or min(realised, key=lambda run: abs(run.rate - rate))
+    run = held or min(runs, key=lambda run: abs(run.rate - rate))
     low, high = run.interval()
     return {
         # Not held: scores are tied, or the text changes in leaps. Then only what was realised is true.

@@ -67,13 +67,6 @@ def test_rows_carry_their_evidence_and_few_runs_are_needed():
     json.dumps(rows)
 
 
-def test_a_start_off_the_trajectory_proves_no_rate():
-    start = Run(0.5, [np.linspace(0.01, 0.99, 50)], realised=False)
-    rows, runs = calibrate_rates(pair(range(60)), [0.2], start=start)
-    assert sum(run.realised for run in runs) >= 1
-    assert rows[0]["texts"] == 60
-
-
 def test_interpolated_rates_between_the_rows_hold_too():
     rows, _ = calibrate_rates(pair(range(150)), (0.1, 0.3, 0.5))
     config = DeferralConfig(calibration=rows)

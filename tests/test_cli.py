@@ -113,6 +113,13 @@ def test_unknown_option_gets_a_suggestion(capsys):
     assert 'unknown argument \'--treshold\'. Did you mean "--threshold"?' in capsys.readouterr().err
 
 
+def test_options_that_do_not_go_together_are_bad_input(tmp_path, capsys):
+    options = ["--load-best-model-at-end", "true", "--save-strategy", "steps", "--eval-strategy", "epoch", "--use-cpu"]
+    code = cli.main(["train", "--model", "m", "--data", "d", "--output-dir", str(tmp_path), *options])
+    assert code == cli.BAD_INPUT
+    assert "strategy to match" in capsys.readouterr().err
+
+
 def test_passthrough_command_gets_what_no_field_knows():
     seen = []
     command = make_command(lambda arguments, remaining: seen.append((arguments, remaining)) or 0, PASSTHROUGH=True)

@@ -8,9 +8,9 @@ given share of tokens: `found`, the share of those places, and `whole`, the shar
 row is held out once (`--folds`); thresholds are those of the held-out rows, so that all rates are exact. `random` is
 what asking at random finds: the rate itself.
 
-Rows of the result: what a base offers untrained (entropy, largest probability); Z-initialisation alone
-for several features, penalties and weights; marginal likelihood with several deferral costs; a head with a hidden
-layer.
+Rows of the result: what a base offers untrained (entropy, largest probability); Z-initialisation alone for several
+features, penalties and weights, and smoothed over tokens; marginal likelihood with several deferral costs; a head
+with a hidden layer.
 """
 
 from __future__ import annotations
@@ -135,6 +135,8 @@ def routers(model: Any) -> dict[str, Fit]:
     named[f"Z-initialisation, {both}, l2 0.1"] = trained(model, both, l2=0.1)
     named[f"Z-initialisation, {both}, weight 1"] = trained(model, both, weight=1.0)
     named[f"Z-initialisation, {both}, both wrong ignored"] = trained(model, both, ignore_both_wrong=True)
+    for decay in (0.25, 0.5):
+        named[f"moving average {decay:g} of Z-initialisation, {both}"] = smoothed(trained(model, both), decay)
     for features, cost in (
         ("uncertainty", 0.2),
         ("hidden", 0.2),
@@ -194,6 +196,19 @@ def trained(
         return head_logits(others, head, torch.Tensor.float)[:, 0]
 
     return fit
+
+
+def smoothed(fit: Fit, decay: float) -> Fit:
+    """The router `ema` over a fitted head."""
+
+    def both(fitted: TargetData, held: TargetData) -> Tensor:
+        d = torch.sigmoid(fit(fitted, held))
+        for t in range(1, len(d)):
+            if held.rows[t] == held.rows[t - 1]:
+                d[t] = decay * d[t - 1] + (1 - decay) * d[t]
+        return d
+
+    return both
 
 
 def hidden_layer(model: Any, width: int, cost: float, epochs: int = 5) -> Fit:

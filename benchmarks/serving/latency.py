@@ -2,8 +2,9 @@
 
     python -m benchmarks.serving.latency
 
-Both servers get the base on the same cores with the same engine arguments; ours has an assistant on the other cores.
-One request at a time, each prompt once, no prefix cache. The last line of standard output is one JSON object.
+Both servers get the base on the same cores with the same engine arguments; ours has an assistant on the other cores,
+and runs once without --prefetch and once with it. One request at a time, each prompt once, no prefix cache. The last
+line of standard output is one JSON object.
 """
 
 from __future__ import annotations
@@ -90,18 +91,21 @@ def main() -> None:
     ours += ["--engine", "vllm", "--port", str(port), "--dtype", "bfloat16", "--served-model-name", "pair"]
     ours += ["--base-devices", own, "--assistant-devices", others, "--log-level", "error"]
     ours += ["--engine-args", json.dumps(FLAGS), "--assistant-engine-args", json.dumps(FLAGS)]
-    process = start(ours, "", port)
-    try:
-        for name, extra in (
-            ("collm_serve", {"router": f"entropy:cut={options.cut}"}),
-            ("collm_serve_never", {"threshold": 1}),
-        ):
-            times = asyncio.run(first_tokens(f"http://127.0.0.1:{port}", "pair", texts, extra))[2:]
-            medians[name] = statistics.median(times)
-    finally:
-        stop(process)
-    ratio = medians["collm_serve"] / medians["vllm_serve_base"]
-    finish("latency", vars(options), {"median_seconds": medians, "ratio": ratio})
+    for suffix, flags in (("", []), ("_prefetch", ["--prefetch"])):
+        process = start([*ours, *flags], "", port)
+        try:
+            for name, extra in (
+                ("deferred", {"threshold": -1}),  # the first token is the assistant's
+                ("router", {"router": f"entropy:cut={options.cut}"}),
+                ("never", {"threshold": 1}),
+            ):
+                times = asyncio.run(first_tokens(f"http://127.0.0.1:{port}", "pair", texts, extra))[2:]
+                medians[name + suffix] = statistics.median(times)
+        finally:
+            stop(process)
+    plain = medians["vllm_serve_base"]
+    ratios = {name: seconds / plain for name, seconds in medians.items()}
+    finish("latency", vars(options), {"median_seconds": medians, "over_vllm_serve": ratios})
 
 
 if __name__ == "__main__":

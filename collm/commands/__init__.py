@@ -107,16 +107,24 @@ class CommandParser(HfArgumentParser):
         parser.add_argument(field.name, **options)
 
     def parse(self, argv: Sequence[str]) -> list[Any]:
-        """Returns the filled dataclasses, in order, then the list of arguments that no field knows."""
+        """
+        Returns the filled dataclasses, in order, then the list of arguments that no field knows.
+
+        Raises:
+            [`~errors.ConfigurationError`]: values that do not go together, or not with this machine.
+        """
         path = self._file_named_in(argv)
         if path is not None:
             self.set_file_defaults(Path(path))
         namespace, remaining = self.parse_known_args(argv)
         values = vars(namespace)
-        filled = [
-            kind(**{field.name: values[field.name] for field in dataclasses.fields(kind) if field.init})
-            for kind in self.dataclass_types
-        ]
+        try:
+            filled = [
+                kind(**{field.name: values[field.name] for field in dataclasses.fields(kind) if field.init})
+                for kind in self.dataclass_types
+            ]
+        except ValueError as error:  # what transformers' own arguments say about values that do not go together
+            raise ConfigurationError(str(error)) from error
         return [*filled, remaining]
 
     def set_file_defaults(self, path: Path) -> None:

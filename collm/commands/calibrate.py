@@ -74,13 +74,13 @@ def _calibrate(team: Any, models: ModelOptions, data: DataOptions, options: Cali
     trajectory = Trajectory(team, problems, batch_size=data.batch_size, folder=folder, settings=data.settings(problems))
     rates = sorted({*options.rates, *([options.target_rate] if options.target_rate else [])})
     rows, runs = calibrate_rates(
-        trajectory, rates, _references(team, data), options.tolerance, report=lambda line: print(line, flush=True)
+        trajectory, rates, options.tolerance, report=lambda line: print(line, flush=True)
     )
     print(_table(rows))
     results: dict[str, Any] = {
         "calibration": rows,
         # A run that never defers has an infinite threshold; 1 means the same and is JSON.
-        "runs": [{"threshold": min(r.threshold, 1.0), "rate": r.rate} for r in runs if r.realised],
+        "runs": [{"threshold": min(r.threshold, 1.0), "rate": r.rate} for r in runs],
     }
 
     deferral = team.model.config.deferral
@@ -104,20 +104,6 @@ def _calibrate(team: Any, models: ModelOptions, data: DataOptions, options: Cali
         _write_page(folder / "calibration.html", results, (probabilities, differs) if options.roc else None)
     print(json.dumps({"threshold": deferral.threshold, "rates": {row["rate"]: row["threshold"] for row in rows}}))
     return 0
-
-
-def _references(team: Any, data: DataOptions) -> Any:
-    """d_t along the reference answers, where the rows have any: a start that costs one pass."""
-    from datasets import Dataset
-
-    from collm.data.formatting import format_rows
-    from collm.evaluation.trajectory import reference_run
-
-    rows = data.rows()
-    if data.task is None and not {"messages", "completion"} & rows[0].keys():
-        return None
-    formatted, _ = format_rows(Dataset.from_list(rows), team.tokenizer, data.task, chat_template=data.chat_template)
-    return reference_run(team.model, [(row["input_ids"], row["labels"]) for row in formatted])
 
 
 def _by_metric(trajectory: Any, name: str, cost: float, problems: list) -> dict[str, Any]:

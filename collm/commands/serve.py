@@ -64,6 +64,10 @@ class Arguments:
         default="token_ids", metadata={"help": "what is exchanged with URLs; text for servers that know no token ids"}
     )
     assistant_timeout: float = field(default=60.0, metadata={"help": "seconds that one assistant token may take"})
+    prefetch: bool = field(
+        default=False,
+        metadata={"help": "assistants read each prompt while the base does; for engines on devices of their own"},
+    )
     max_running: int = field(default=128, metadata={"help": "answers written at once"})
     max_waiting: int = field(default=512, metadata={"help": "answers in the queue; beyond that 429"})
     max_tokens: int | None = field(default=None, metadata={"help": "longest answer that a request may ask for"})
@@ -150,6 +154,7 @@ def build_service(arguments: Arguments) -> Service:
         on_assistant_error=arguments.on_assistant_error,
         limits=Limits(arguments.max_running, arguments.max_waiting, arguments.max_tokens, arguments.assistant_timeout),
         eos_ids=end_of_sequence(tokenizer, arguments.model, deferral.base_model),
+        prefetch=arguments.prefetch,
     )
 
 

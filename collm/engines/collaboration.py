@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -93,6 +94,7 @@ async def collaborate(
     available: Callable[[int], bool] = lambda k: True,
     observe: Callable[[Asked], None] = lambda asked: None,
     assistant_timeout: float = ASSISTANT_TIMEOUT,
+    prefetch: Callable[[int], bool] = lambda k: False,
 ) -> AsyncIterator[Written]:
     """
     Write one answer.
@@ -101,6 +103,8 @@ async def collaborate(
     2. The assistant that the head prefers reads what it has missed, in one chunk, and writes one token.
     3. The base is handed that token. Until a stop token or `max_tokens`.
 
+    An assistant reads the prompt when it is first asked; where `prefetch` says so, while the base does.
+
     Args:
         request ([`Request`]): the prompt and how to answer it.
         base ([`~session.Engine`]), assistants (K engines): who writes.
@@ -108,17 +112,29 @@ async def collaborate(
             that counts as its failure.
         observe (`Callable[[Asked], None]`): told of each hand-off.
         assistant_timeout (`float`): seconds for one assistant token.
+        prefetch (`Callable[[int], bool]`): whether assistant k reads its prompt at once, so that nobody waits for that
+            at the first deferral. For engines on devices of their own; for an answer without a deferral it is in vain.
 
     Raises:
         AssistantError: the base failed; or an assistant did, and the request does not want the base to go on alone.
     """
     decider = Decider(request)
     writer = base.open(request.prompt_ids, request.sampling)
-    helpers: dict[int, Session] = {}
+    helpers: dict[int, Helper] = {}
     tokens: list[int] = []
-    handed: dict[int, int] = {}  # assistant -> tokens of the answer that it has
     alone = False
+
+    def helper(k: int) -> Helper:
+        if k not in helpers:
+            prompt = request.assistant_prompts[k - 1] if request.assistant_prompts else request.prompt_ids
+            helpers[k] = Helper(assistants[k - 1].open(prompt, request.sampling))
+        return helpers[k]
+
     try:
+        for k in range(1, len(assistants) + 1) if decider.asks else ():
+            if prefetch(k):
+                with contextlib.suppress(AssistantError):  # raised again where it is needed
+                    helper(k).prefetch()
         while True:
             # 1. The base writes.
             turn = decider.turn(writer, len(tokens), alone)
@@ -138,13 +154,8 @@ async def collaborate(
             try:
                 if not asked:
                     raise AssistantError(f"assistant {k} ({assistants[k - 1].name}) is not available at present.")
-                if k not in helpers:
-                    prompt = request.assistant_prompts[k - 1] if request.assistant_prompts else request.prompt_ids
-                    helpers[k] = assistants[k - 1].open(prompt, request.sampling)
-                missed = tokens[handed.get(k, 0) :]
-                helpers[k].extend(missed)
                 async with asyncio.timeout(assistant_timeout):
-                    token = await _next_token(helpers[k])
+                    token, missed = await helper(k).write(tokens)
             except (AssistantError, TimeoutError) as error:
                 failure = _failure(error, k, assistant_timeout)
                 observe(Asked(k, time.perf_counter() - start, 0, failure, refused=not asked))
@@ -153,9 +164,8 @@ async def collaborate(
                 alone = True
                 yield Written([], [], [], fallback=True)
                 continue
-            observe(Asked(k, time.perf_counter() - start, len(missed)))
+            observe(Asked(k, time.perf_counter() - start, missed))
             tokens.append(token)
-            handed[k] = len(tokens)
 
             # 3. The base is handed that token.
             finish = "stop" if token in request.stop_ids else "length" if len(tokens) == request.max_tokens else None
@@ -165,6 +175,42 @@ async def collaborate(
             writer.extend([token])
     finally:
         await asyncio.shield(_close([writer, *helpers.values()]))
+
+
+class Helper:
+    """An assistant's session in one answer.
+
+    Args:
+        session ([`~session.Session`]): just opened.
+    """
+
+    def __init__(self, session: Session):
+        self._session = session
+        self._has = 0  # tokens of the answer that the session has
+        self._first: asyncio.Task[int] | None = None
+
+    def prefetch(self) -> None:
+        """Read the prompt now. The token that this writes is the answer's first, or is taken back unread."""
+        self._first = asyncio.create_task(_next_token(self._session))
+
+    async def write(self, tokens: Sequence[int]) -> tuple[int, int]:
+        """The token behind `tokens`, those of the answer, and how many of them had to be read for it."""
+        token = None
+        if self._first is not None:
+            token, self._first = await self._first, None
+        if token is None or tokens:
+            if token is not None:
+                self._session.retract()
+            self._session.extend(tokens[self._has :])
+            token = await _next_token(self._session)
+        missed, self._has = len(tokens) - self._has, len(tokens) + 1
+        return token, missed
+
+    async def close(self) -> None:
+        if self._first is not None:
+            self._first.cancel()
+            await asyncio.gather(self._first, return_exceptions=True)
+        await self._session.close()
 
 
 class Decider:
@@ -179,6 +225,7 @@ class Decider:
         self.router: Router = resolve_router(request.router)
         self.state: torch.Tensor | None = None
         self.gate, self.inside = gate_of(self.router, request.threshold)
+        self.asks = self.gate is not None or not self.inside
 
     def turn(self, base: Session, step: int, alone: bool) -> AsyncIterator[Piece]:
         """The base's turn from token `step` on; `alone`: nobody is to be asked any more."""
@@ -228,13 +275,15 @@ def gate_of(router: Router, threshold: float) -> tuple[Gate | None, bool]:
         raise ConfigurationError(
             'The router "margin" needs whole distributions, which engines keep: take "top_probability".'
         )
+    if function is never or (function is learned and threshold >= 1):
+        return None, True
     if function is learned:
         return Gate("learned", cut_of_threshold(threshold)), True
     if function is entropy:
         return Gate("entropy", cut), True
     if function is top_probability:
         return Gate("top_probability", 1 - cut), True
-    return None, function is never
+    return None, False
 
 
 def _failure(error: Exception, k: int, timeout: float) -> AssistantError:
@@ -254,6 +303,6 @@ async def _last_piece(pieces: AsyncIterator[Piece]) -> Piece:
     return [piece async for piece in pieces][-1]
 
 
-async def _close(sessions: Sequence[Session]) -> None:
+async def _close(sessions: Sequence[Session | Helper]) -> None:
     for session in sessions:
         await session.close()

@@ -103,18 +103,3 @@ def views_of(
         probabilities = g.deferral_probs or None
         views.append(TokenView.from_ids(team.tokenizer, g.token_ids, g.source, probabilities, others, **details))
     return views
-
-
-def reference_run(model: Any, texts: Sequence[tuple[list[int], list[int]]]) -> Run:
-    """d_t along reference texts: where a calibration of the head can begin without generating anything."""
-    import torch
-
-    from collm.losses import deferral_probabilities
-
-    scores = []
-    for ids, labels in texts:
-        own = model.score_targets(
-            torch.tensor([ids], device=model.device), labels=torch.tensor([labels], device=model.device)
-        )
-        scores.append((1 - deferral_probabilities(own.deferral_logits)[:, 0]).cpu().numpy().astype(np.float64))
-    return Run(np.inf, scores, realised=False)

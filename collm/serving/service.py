@@ -96,6 +96,7 @@ class Service:
         on_assistant_error (`str`): of requests that give none: `"error"` or `"fallback"`.
         limits ([`Limits`], *optional*).
         eos_ids (`frozenset[int]`): tokens that end an answer.
+        prefetch (`bool`): assistants that answer read each prompt while the base does; see [`collaborate`].
     """
 
     def __init__(
@@ -109,6 +110,7 @@ class Service:
         on_assistant_error: Literal["error", "fallback"] = "error",
         limits: Limits | None = None,
         eos_ids: frozenset[int] = frozenset(),
+        prefetch: bool = False,
     ):
         self.name, self.base, self.assistants, self.tokenizer = name, base, list(assistants), tokenizer
         self.deferral = deferral
@@ -116,6 +118,7 @@ class Service:
         self.on_assistant_error = on_assistant_error
         self.limits = limits or Limits()
         self.eos_ids = eos_ids
+        self.prefetch = prefetch
         self.vocab_size = base.vocab_size
         self.metrics = Metrics()
         self.breakers = [CircuitBreaker(trial_time=self.limits.assistant_timeout) for _ in self.assistants]
@@ -215,7 +218,13 @@ class Service:
         async with self._slot():
             begin = time.perf_counter()
             pieces = collaborate(
-                request, self.base, self.assistants, self._available, observe, self.limits.assistant_timeout
+                request,
+                self.base,
+                self.assistants,
+                self._available,
+                observe,
+                self.limits.assistant_timeout,
+                prefetch=lambda k: self.prefetch and not self.breakers[k - 1].is_open,
             )
             try:
                 async with aclosing(pieces):  # type: ignore[type-var]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 
 import pytest
 import torch
@@ -158,6 +159,63 @@ def test_a_prompt_of_its_own_for_the_assistant():
     tokens, source, _, _ = asyncio.run(collect(request, base_engine, helper_engines))
     expected = oracle(base, helpers, PROMPT, 16, 0.5, assistant_prompts=[own])
     assert (tokens, source) == (expected.tokens, expected.source)
+
+
+@pytest.mark.parametrize("threshold", [-1.0, 0.5, 0.7, 1.0])
+def test_prefetched_prompts_change_no_token_and_are_read_once(threshold):
+    base, helpers, base_engine, helper_engines = engines(num_assistants=2)
+    request = Request(PROMPT, 20, threshold)
+    tokens, source, _, _ = asyncio.run(collect(request, base_engine, helper_engines, prefetch=lambda k: k == 1))
+    expected = oracle(base, helpers, PROMPT, 20, threshold)
+    assert (tokens, source) == (expected.tokens, expected.source)
+    for k, engine in enumerate(helper_engines, start=1):
+        asked = [i for i, writer in enumerate(source) if writer == k]
+        wanted = k == 1 and threshold < 1
+        assert engine.reader.tokens == (len(PROMPT) + asked[-1] if asked else len(PROMPT) if wanted else 0)
+    assert not held(base_engine, *helper_engines)
+
+
+def test_an_assistant_reads_a_prefetched_prompt_while_the_base_reads_it():
+    _, helpers, base_engine, _ = engines()
+    started, read = threading.Event(), threading.Event()
+
+    class Watched(TransformersEngine):
+        def forward(self, rows, chunks):
+            started.set()
+            read.wait(timeout=30)
+            return super().forward(rows, chunks)
+
+    forward = base_engine.forward
+
+    def base_forward(rows, chunks):
+        assert started.wait(timeout=30)  # without a prefetch the assistant would begin behind this
+        read.set()
+        return forward(rows, chunks)
+
+    base_engine.forward = base_forward
+    request = Request(PROMPT, 4, -1.0)
+    helper_engines = [Watched(helpers[0], "a")]
+    _, source, _, _ = asyncio.run(collect(request, base_engine, helper_engines, prefetch=lambda k: True))
+    assert source == [1, 1, 1, 1]
+
+
+def test_a_prefetch_that_fails_is_the_failure_of_the_first_deferral_only():
+    _, helpers, base_engine, _ = engines()
+
+    class Dead(Unplugged):
+        alive = 0
+
+    def answer(threshold, policy):
+        request = Request(PROMPT, 8, threshold, on_assistant_error=policy)
+        return asyncio.run(collect(request, base_engine, [Dead(helpers[0], "a")], prefetch=lambda k: True))
+
+    with pytest.raises(AssistantError, match="connection lost"):
+        answer(-1.0, "error")
+    _, source, _, written = answer(-1.0, "fallback")
+    assert source == [0] * 8
+    assert any(w.fallback for w in written)
+    assert answer(0.9999, "error")[1] == [0] * 8  # never asked
+    assert not held(base_engine)
 
 
 class Unplugged(TransformersEngine):

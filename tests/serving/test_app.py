@@ -315,16 +315,19 @@ class Switch(TransformersEngine):
     """An assistant that can be unplugged."""
 
     dead = False
+    calls = 0
 
     def forward(self, rows, chunks):
+        self.calls += 1
         if self.dead:
             raise RuntimeError("connection lost")
         return super().forward(rows, chunks)
 
 
-def test_error_policy_fallback_policy_breaker_and_recovery():
+@pytest.mark.parametrize("prefetch", [False, True])
+def test_error_policy_fallback_policy_breaker_and_recovery(prefetch):
     helper = Switch(tiny_model(seed=1), "switch")
-    with running(helpers=[helper]) as server, client_of(server) as client:
+    with running(helpers=[helper], prefetch=prefetch) as server, client_of(server) as client:
         breaker = server.service.breakers[0]
         breaker.cooldown = breaker.pause = 3.0
         arguments = {"model": "tiny", "prompt": [5, 6, 7], "max_tokens": 20, "temperature": 0}
@@ -337,6 +340,7 @@ def test_error_policy_fallback_policy_breaker_and_recovery():
                 client.completions.create(**arguments)
             assert caught.value.status_code == 502
         assert breaker.is_open
+        calls = helper.calls
         assert "not asked" in str(httpx.get(server.url + "/health").json())
         with pytest.raises(openai.APIError, match="not available"):
             list(client.completions.create(**arguments, stream=True))  # an event that says so, then the end
@@ -348,6 +352,7 @@ def test_error_policy_fallback_policy_breaker_and_recovery():
         truth = expected(server, [5, 6, 7], 20, 0.5)
         assert alone.choices[0].fallback_from == truth.source.index(1)
         assert alone.choices[0].token_ids == expected(server, [5, 6, 7], 20, 1.0).tokens
+        assert helper.calls == calls  # while the breaker is open nobody asks, nor prefetches
 
         helper.dead = False
         time.sleep(max(0.0, breaker.next_trial - time.monotonic()))

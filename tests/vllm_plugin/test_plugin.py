@@ -94,7 +94,8 @@ def test_64_concurrent_requests_with_mixed_thresholds_and_lengths_are_the_oracle
         assistants = [VLLMEngine(path, **ENGINE) for path, _ in saved]
 
         async def answer(request):
-            written = [w async for w in collaborate(request, engine, assistants)]
+            prefetch = request.max_tokens % 2 == 0
+            written = [w async for w in collaborate(request, engine, assistants, prefetch=lambda k: prefetch)]
             return (
                 [t for w in written for t in w.token_ids],
                 [s for w in written for s in w.source],
