@@ -1,8 +1,8 @@
 """Speculation against the plain loop, and both against the rivals, on GSM8K prompts at batch 1.
 
-For each prompt, one after the other: the plain loop, speculation, speculation without reading along (drafting alone),
-and with --rivals also the base alone, the assistant alone, and transformers' assisted generation of the assistant
-drafted by the base. No trained head is needed: the entropy router with --cut defers where the base is unsure. With
+For each prompt, one after the other: the plain loop and speculation; with --ablation also speculation without reading
+along (drafting alone); with --rivals also the base alone, the assistant alone, and transformers' assisted generation of
+the assistant drafted by the base. No trained head is needed: the entropy router with --cut defers where the base is unsure. With
 --cost-ratio the gate drafts as it would for a larger assistant; counts are then what that one would see, times are not.
 
     COLLM_DATA=data python benchmarks/decoding/speculation.py --prompts 6 --cut 0.5
@@ -26,6 +26,7 @@ def main() -> None:
     parser.add_argument("--skip", type=int, default=0)
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--cut", type=float, default=0.5, help="entropy (nats) above which the base defers")
+    parser.add_argument("--ablation", action="store_true")
     parser.add_argument("--rivals", action="store_true")
     parser.add_argument("--cost-ratio", type=float, help="of an assistant pass in base steps, for the gate")
     parser.add_argument("--seconds", type=float, default=300, help="start no prompt after this")
@@ -42,10 +43,9 @@ def main() -> None:
     ways = {
         "plain": lambda ids: base.generate(input_ids=ids, speculate=False, **ours),
         "speculation": lambda ids: base.generate(input_ids=ids, speculate=True, **ours),
-        "drafting_alone": lambda ids: without_reading_along(
-            lambda: base.generate(input_ids=ids, speculate=True, **ours)
-        ),
     }
+    if settings.ablation:
+        ways["drafting_alone"] = lambda ids: without_reading_along(lambda: ways["speculation"](ids))
     if settings.rivals:
         ways |= {
             "base": lambda ids: base.generate(input_ids=ids, **length),

@@ -27,20 +27,24 @@ from benchmarks.serving.common import ASSISTANT, ENGINE, MODELS, base_checkpoint
 FLAGS = {k: v for k, v in ENGINE.items() if k != "disable_log_stats"} | {"enable_prefix_caching": False}
 
 
-async def first_tokens(url: str, model: str, texts: list[list[int]], extra: dict[str, Any]) -> list[float]:
-    """Seconds to the first chunk with a token, of each prompt."""
-    times = []
+async def first_tokens(
+    url: str, model: str, texts: list[list[int]], kinds: dict[str, dict[str, Any]]
+) -> dict[str, float]:
+    """Median seconds to the first chunk with a token, for each kind of request, which take turns at each prompt."""
+    times: dict[str, list[float]] = {kind: [] for kind in kinds}
     async with httpx.AsyncClient(timeout=300, trust_env=False) as http:
         for text in texts:
-            body = {"model": model, "prompt": text, "max_tokens": 8, "temperature": 0, "stream": True, **extra}
-            start = time.perf_counter()
-            async with http.stream("POST", f"{url}/v1/completions", json=body) as answer:
-                answer.raise_for_status()
-                async for line in answer.aiter_lines():
-                    if line.startswith("data: {") and json.loads(line[6:])["choices"]:
-                        times.append(time.perf_counter() - start)
-                        break
-    return times
+            for kind, extra in kinds.items():
+                body = {"model": model, "prompt": text, "max_tokens": 2, "temperature": 0, "stream": True, **extra}
+                start = time.perf_counter()
+                async with http.stream("POST", f"{url}/v1/completions", json=body) as answer:
+                    answer.raise_for_status()
+                    found = False
+                    async for line in answer.aiter_lines():  # to the end: the next request finds idle engines
+                        if not found and line.startswith("data: {") and json.loads(line[6:])["choices"]:
+                            times[kind].append(time.perf_counter() - start)
+                            found = True
+    return {kind: statistics.median(seconds[2:]) for kind, seconds in times.items()}
 
 
 def start(command: list[str], cores: str, port: int) -> subprocess.Popen:
@@ -82,8 +86,7 @@ def main() -> None:
     vllm += ["--block-size", "32", "--max-model-len", "1024", "--max-num-seqs", "64"]
     process = start(vllm, own, port)
     try:
-        times = asyncio.run(first_tokens(f"http://127.0.0.1:{port}", "base", texts, {}))[2:]
-        medians["vllm_serve_base"] = statistics.median(times)
+        medians |= asyncio.run(first_tokens(f"http://127.0.0.1:{port}", "base", texts, {"vllm_serve_base": {}}))
     finally:
         stop(process)
 
@@ -91,16 +94,16 @@ def main() -> None:
     ours += ["--engine", "vllm", "--port", str(port), "--dtype", "bfloat16", "--served-model-name", "pair"]
     ours += ["--base-devices", own, "--assistant-devices", others, "--log-level", "error"]
     ours += ["--engine-args", json.dumps(FLAGS), "--assistant-engine-args", json.dumps(FLAGS)]
+    kinds: dict[str, dict[str, Any]] = {
+        "never": {"threshold": 1},
+        "deferred": {"threshold": -1},  # the first token is the assistant's
+        "router": {"router": f"entropy:cut={options.cut}"},
+    }
     for suffix, flags in (("", []), ("_prefetch", ["--prefetch"])):
         process = start([*ours, *flags], "", port)
         try:
-            for name, extra in (
-                ("deferred", {"threshold": -1}),  # the first token is the assistant's
-                ("router", {"router": f"entropy:cut={options.cut}"}),
-                ("never", {"threshold": 1}),
-            ):
-                times = asyncio.run(first_tokens(f"http://127.0.0.1:{port}", "pair", texts, extra))[2:]
-                medians[name + suffix] = statistics.median(times)
+            named = {kind + suffix: extra for kind, extra in kinds.items()}
+            medians |= asyncio.run(first_tokens(f"http://127.0.0.1:{port}", "pair", texts, named))
         finally:
             stop(process)
     plain = medians["vllm_serve_base"]

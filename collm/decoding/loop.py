@@ -214,6 +214,7 @@ class Decoder:
             self.counts["guesses_right"] += len(right)
             if self.gate is not None:
                 self.gate.saved += len(right)
+                self.gate.used += sum(sources[i] < 0 for i in right)
             going = [i for i in right if not self.is_blocked(rows[i])]
             if not going:
                 break
@@ -372,6 +373,8 @@ class Decoder:
                 self.keep(row, waiting.step, scores[i], processed[i])
             else:
                 wrong.add(row.index)
+                if self.gate is not None:
+                    self.gate.discarded += max(len(row.tokens) - waiting.step - 1, 0)
                 self.cut(row, waiting.step)
                 self.write(row, token, writer, scores[i], processed[i])
 
@@ -501,10 +504,11 @@ class Decoder:
     def cut(self, row: Row, step: int) -> None:
         """Discard the row's tokens from `step` on, in every model."""
         self.counts["discarded"] += len(row.tokens) - step
+        discarded = row.tokens[step:]
         del row.tokens[step:], row.source[step:], row.deferral_probs[step + 1 :], row.states[step + 1 :]
         row.ahead = {}
         if row.lookup is not None:
-            row.lookup.cut(step)
+            row.lookup.cut(step, discarded)
         for reader in range(len(self.readers)):
             self.forget(reader, row, step)
 

@@ -4,19 +4,20 @@ it.
 **Drafting.** While a deferral waits for its assistant, the base's own token stands in and the base drafts on; one
 assistant pass then verifies every waiting deferral ([`DraftGate`] decides how far to draft). Drafting on has a price
 when a stand-in turns out wrong: what follows it is discarded. Its gain when all are right is one assistant pass less.
-With s the probability that all stand-ins are right, a and b the cost of an assistant pass and a base step, and 1 / r
-tokens from one deferral to the next, it pays to draft on where
+With s the probability that all stand-ins are right, a and b the cost of an assistant pass and a base step, 1 / r
+tokens from one deferral to the next, and u the share of discarded tokens that are of use after all, it pays to draft
+on where
 
-    s (a - b) > (1 - s) b / r        that is        s > 1 / (1 + r (a / b - 1)).
+    s (a - b) > (1 - s) (1 - u) b / r        that is        s > 1 / (1 + r (a / b - 1) / (1 - u)).
 
 a - b and not a is won, because asking at once gains a base step when all are right: the assistant has then read as far
 as the base, and the base reads along what it expects next. b is the cost of a token that the base writes, which is less
-than a step where it reads along with success.
+than a step where it reads along with success; what it reads along may be what was discarded.
 
 **Reading along.** A base step reads one token and costs hardly more for a few. So the base reads, behind the token
-that is certain, tokens that are likely to follow ([`ReadAhead`]): what the assistant expects where it has read as far,
-then what followed the last few tokens when they occurred before (prompt lookup). Where the base, or whoever it asks,
-indeed writes them, their base steps are saved.
+that is certain, tokens that are likely to follow ([`ReadAhead`]): what the assistant expects where it has read as far;
+else the rest of a discarded draft, or what followed the last few tokens when they occurred before (prompt lookup),
+whichever has been right more often. Where the base, or whoever it asks, indeed writes them, their base steps are saved.
 
 Both learn while decoding from what turned out right, and leave the plain loop where nothing is gained.
 """
@@ -41,6 +42,7 @@ SECONDS_PER_LAYER = 4e-4
 MAX_READ_ALONG = 4  # tokens that all rows of a base step read along together
 LONGEST_MATCH = 3  # tokens that must have occurred before, at most
 WORTH_READING = 0.1  # cost of one more token in a base step
+REPLACED, INSERTED = -1, -2  # sources: a discarded draft with the right token instead of the wrong one, or with both
 
 
 def step_cost(model: Any) -> float:
@@ -68,6 +70,8 @@ class DraftGate:
     tokens: float = PRIOR_RATE_WEIGHT
     steps: float = 8.0  # base steps, a few without a saving in front
     saved: float = 0.0  # base steps saved by reading along
+    discarded: float = 20.0  # drafted tokens behind a wrong stand-in
+    used: float = 6.0  # of them, written after all and read along
 
     def acceptance(self, probability: float) -> float:
         """Estimated probability that the assistant chooses a stand-in to which the base gives `probability`.
@@ -90,7 +94,8 @@ class DraftGate:
     def is_open(self, survival: float) -> bool:
         """Whether to draft on when all stand-ins are right with probability `survival`."""
         cost_ratio = self.cost_ratio * (1 + self.saved / self.steps)
-        return survival > 1 / (1 + self.deferrals / self.tokens * max(cost_ratio - 1, 0))
+        lost = max(1 - self.used / self.discarded, 0.1)
+        return survival > 1 / (1 + self.deferrals / self.tokens * max(cost_ratio - 1, 0) / lost)
 
     def _bin(self, probability: float) -> int:
         return min(int(probability * len(self.seen)), len(self.seen) - 1)
@@ -103,9 +108,11 @@ class Lookup:
         self.text, self.prompt = list(prompt), len(prompt)
         self.synced = self.indexed = 0  # new tokens that `text` agrees with; tokens whose n-grams are in `places`
         self.places: dict[tuple[int, ...], int] = {}
+        self.rejected: tuple[int, list[int]] = (0, [])  # new tokens before a wrong stand-in; it and what was behind it
 
-    def cut(self, step: int) -> None:
-        """The row's new tokens from `step` on have changed."""
+    def cut(self, step: int, tokens: list[int]) -> None:
+        """The row's new tokens from `step` on, `tokens`, were wrong."""
+        self.rejected = (step, tokens)
         self.synced = min(self.synced, step)
         self.indexed = min(self.indexed, self.prompt + step)
 
@@ -123,12 +130,26 @@ class Lookup:
                 return n, text[end : end + count]
         return 0, []
 
+    def resumed(self, tokens: list[int], count: int) -> list[tuple[int, list[int]]]:
+        """
+        How the discarded draft would go on behind `tokens`, up to `count` tokens, if all that was written since agrees
+        with it: with the right token instead of the wrong one, and with both, each with its source.
+        """
+        step, discarded = self.rejected
+        if not step < len(tokens) <= step + len(discarded):
+            return []
+        agreed, found = tokens[step + 1 :], []
+        for source, draft in ((REPLACED, discarded[1:]), (INSERTED, discarded)):
+            if draft[: len(agreed)] == agreed and len(draft) > len(agreed):
+                found.append((source, draft[len(agreed) : len(agreed) + count]))
+        return found
+
 
 @dataclass
 class ReadAhead:
     """Chooses tokens for the base to read along, and learns from which source they are worth it.
 
-    A source is 0 for what an assistant expects, n for a match of n tokens.
+    A source is 0 for what an assistant expects, n for a match of n tokens, negative for a discarded draft.
     """
 
     seen: Counter[int] = field(default_factory=Counter)
@@ -139,7 +160,10 @@ class ReadAhead:
         return MAX_READ_ALONG // rows
 
     def is_worth(self, source: int) -> bool:
-        return (self.right[source] + 1) / (self.seen[source] + 2) > WORTH_READING
+        return self.share(source) > WORTH_READING
+
+    def share(self, source: int) -> float:
+        return (self.right[source] + 1) / (self.seen[source] + 2)
 
     def record(self, source: int, right: bool) -> None:
         """The first token that a source proposed was or was not written."""
@@ -152,4 +176,6 @@ class ReadAhead:
         n, more = lookup.after(tokens, guess, count - len(guess))
         if guess:
             return 0, guess + more
-        return n, more if self.is_worth(n) else []
+        found = [*lookup.resumed(tokens, count), *([(n, more)] if more else [])]
+        source, more = max(found, key=lambda one: self.share(one[0]), default=(0, []))
+        return source, more if self.is_worth(source) else []

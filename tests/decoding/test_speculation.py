@@ -123,8 +123,8 @@ def test_lookup_finds_the_latest_and_longest_match_while_tokens_come_and_go():
     for _ in range(300):
         if tokens and dice.random() < 0.3:
             step = dice.randrange(len(tokens))
+            lookup.cut(step, tokens[step:])
             del tokens[step:]
-            lookup.cut(step)
         tokens += dice.choices(range(6), k=dice.randint(0, 3))
         found, expected = lookup.after(tokens, [], 3), naive_lookup(prompt + tokens, 3)
         assert found[0] <= expected[0]
@@ -144,6 +144,30 @@ def test_a_source_that_is_never_right_is_given_up():
     for source, _ in itertools.product((0, 2), range(20)):
         ahead.record(source, right=False)
     assert ahead.propose(lookup, [], 7, 3) == (2, [])
+
+
+def test_a_discarded_draft_is_resumed_behind_the_right_token():
+    lookup = Lookup([])
+    lookup.cut(2, [20, 21, 22, 23])  # 20 was wrong, the rest was drafted behind it
+    replaced, inserted = speculation.REPLACED, speculation.INSERTED
+    assert lookup.resumed([10, 11], 2) == []  # the right token is not there yet
+    assert lookup.resumed([10, 11, 30], 2) == [(replaced, [21, 22]), (inserted, [20, 21])]
+    assert lookup.resumed([10, 11, 30, 21], 2) == [(replaced, [22, 23])]
+    assert lookup.resumed([10, 11, 30, 20, 21, 22], 2) == [(inserted, [23])]
+    assert lookup.resumed([10, 11, 30, 31], 2) == []  # the text went another way
+    assert lookup.resumed([10, 11, 30, 21, 22, 23], 2) == lookup.resumed([10, 11, 30, 20, 21, 22, 23], 2) == []
+
+    ahead = ReadAhead()
+    for source in (replaced, replaced, inserted):
+        ahead.record(source, right=source == inserted)
+    assert ahead.propose(lookup, [10, 11, 30], None, 2) == (inserted, [20, 21])  # right more often
+    assert ahead.propose(lookup, [10, 11, 30], 9, 2) == (0, [9])  # what an assistant says is worth more
+
+
+def test_the_gate_drafts_further_where_discarded_drafts_are_of_use():
+    wasteful, thrifty = DraftGate(2.5, discarded=100.0, used=0.0), DraftGate(2.5, discarded=100.0, used=60.0)
+    assert thrifty.is_open(0.6)
+    assert not wasteful.is_open(0.6)
 
 
 def test_padding_is_not_read_by_speculation():
