@@ -2,8 +2,9 @@
 
 For each prompt, one after the other: the plain loop and speculation; with --ablation also speculation without reading
 along (drafting alone); with --rivals also the base alone, the assistant alone, and transformers' assisted generation of
-the assistant drafted by the base. No trained head is needed: the entropy router with --cut defers where the base is unsure. With
---cost-ratio the gate drafts as it would for a larger assistant; counts are then what that one would see, times are not.
+the assistant drafted by the base. No trained head is needed: the entropy router with --cut defers where the base is
+unsure. With --cost-ratio the gate drafts as it would for a larger assistant; counts are then what that one would see,
+times are not.
 
     COLLM_DATA=data python benchmarks/decoding/speculation.py --prompts 6 --cut 0.5
 """

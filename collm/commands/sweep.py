@@ -163,15 +163,14 @@ def _rows(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
         {
             "method": p["method"],
             "deferred": f"{p['rate']:.1%}",
-            "quality": f"{p['quality']:.1%}",
-            "95% interval": f"{p['low']:.1%} – {p['high']:.1%}",
+            "quality [95%]": f"{p['quality']:.1%} [{100 * p['low']:.1f}, {100 * p['high']:.1f}]",
             "recovered": f"{p['recovered']:.0%}" if p.get("recovered") is not None else None,
             "over random": _difference(p.get("over_random")),
             "over entropy": _difference(p.get("over_entropy")),
             "truncated": p["truncated"],
             "unparsable": p["unparsable"],
-            "parameters per token": f"{p['active_parameters'] / 1e9:.2f} B",
-            "ms per token": f"{1000 * p['seconds_per_token']:.0f}" if p["seconds_per_token"] is not None else None,
+            "parameters": f"{p['active_parameters'] / 1e9:.2f} B",
+            "ms": f"{1000 * p['seconds_per_token']:.0f}" if p["seconds_per_token"] is not None else None,
         }
         for p in points
     ]
@@ -201,12 +200,15 @@ def _write_report(folder: Path, results: dict[str, Any], sweep: Any, options: Sw
             f"{points[0]['problems']} problems of {settings['data']}, at most {settings['max_new_tokens']} new tokens, "
             f"greedy, batches of {settings['batch_size']}. Thresholds come from {options.calibration_problems} others."
         ),
-        table(_rows(points), "Rates are realised ones; differences in percentage points with paired 95% intervals"),
+        table(
+            _rows(points),
+            "Rates are realised ones; differences in percentage points with paired 95% intervals; costs per token",
+        ),
     ]
     axes = [
         ("rate", "tokens written by the assistant", "sweep-rate.png"),
         ("active_parameters", "parameters per token, on average", "sweep-parameters.png"),
-        ("seconds_per_token", "seconds per token, measured", "sweep-seconds.png"),
+        ("seconds_per_token", "time per token, measured", "sweep-seconds.png"),
     ]
     for x, label, file in axes:
         drawing = plots.cost_quality_figure(points, x, label, results["metric"])

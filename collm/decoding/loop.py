@@ -214,7 +214,6 @@ class Decoder:
             self.counts["guesses_right"] += len(right)
             if self.gate is not None:
                 self.gate.saved += len(right)
-                self.gate.used += sum(sources[i] < 0 for i in right)
             going = [i for i in right if not self.is_blocked(rows[i])]
             if not going:
                 break
@@ -373,8 +372,6 @@ class Decoder:
                 self.keep(row, waiting.step, scores[i], processed[i])
             else:
                 wrong.add(row.index)
-                if self.gate is not None:
-                    self.gate.discarded += max(len(row.tokens) - waiting.step - 1, 0)
                 self.cut(row, waiting.step)
                 self.write(row, token, writer, scores[i], processed[i])
 

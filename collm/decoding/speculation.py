@@ -4,15 +4,14 @@ it.
 **Drafting.** While a deferral waits for its assistant, the base's own token stands in and the base drafts on; one
 assistant pass then verifies every waiting deferral ([`DraftGate`] decides how far to draft). Drafting on has a price
 when a stand-in turns out wrong: what follows it is discarded. Its gain when all are right is one assistant pass less.
-With s the probability that all stand-ins are right, a and b the cost of an assistant pass and a base step, 1 / r
-tokens from one deferral to the next, and u the share of discarded tokens that are of use after all, it pays to draft
-on where
+With s the probability that all stand-ins are right, a and b the cost of an assistant pass and a base step, and 1 / r
+tokens from one deferral to the next, it pays to draft on where
 
-    s (a - b) > (1 - s) (1 - u) b / r        that is        s > 1 / (1 + r (a / b - 1) / (1 - u)).
+    s (a - b) > (1 - s) b / r        that is        s > 1 / (1 + r (a / b - 1)).
 
 a - b and not a is won, because asking at once gains a base step when all are right: the assistant has then read as far
 as the base, and the base reads along what it expects next. b is the cost of a token that the base writes, which is less
-than a step where it reads along with success; what it reads along may be what was discarded.
+than a step where it reads along with success.
 
 **Reading along.** A base step reads one token and costs hardly more for a few. So the base reads, behind the token
 that is certain, tokens that are likely to follow ([`ReadAhead`]): what the assistant expects where it has read as far;
@@ -31,8 +30,8 @@ from typing import Any
 
 # Share of stand-ins that were right, by the base's probability of the stand-in in tenths (Qwen2.5-Coder 0.5B and 1.5B
 # on GSM8K, greedy). The shape counts for SHAPE_WEIGHT observations in each tenth, the level for LEVEL_WEIGHT in all.
-PRIOR_ACCEPTANCE = (0.15, 0.25, 0.3, 0.35, 0.55, 0.65, 0.75, 0.8, 0.9, 0.95)
-SHAPE_WEIGHT, LEVEL_WEIGHT = 8.0, 2.0
+PRIOR_ACCEPTANCE = (0.2, 0.25, 0.3, 0.4, 0.55, 0.65, 0.75, 0.8, 0.85, 0.9)
+SHAPE_WEIGHT, LEVEL_WEIGHT = 16.0, 8.0
 PRIOR_RATE, PRIOR_RATE_WEIGHT = 0.25, 40.0
 
 # Cost of a decoding step: reading the weights, at bytes per second, and an overhead for each layer. Only ratios matter.
@@ -70,8 +69,6 @@ class DraftGate:
     tokens: float = PRIOR_RATE_WEIGHT
     steps: float = 8.0  # base steps, a few without a saving in front
     saved: float = 0.0  # base steps saved by reading along
-    discarded: float = 20.0  # drafted tokens behind a wrong stand-in
-    used: float = 6.0  # of them, written after all and read along
 
     def acceptance(self, probability: float) -> float:
         """Estimated probability that the assistant chooses a stand-in to which the base gives `probability`.
@@ -82,7 +79,7 @@ class DraftGate:
         i = self._bin(probability)
         expected = sum(n * prior for n, prior in zip(self.seen, PRIOR_ACCEPTANCE, strict=True))
         level = (sum(self.right) + LEVEL_WEIGHT) / (expected + LEVEL_WEIGHT)
-        prior = min(PRIOR_ACCEPTANCE[i] * level, 1.0)
+        prior = min(PRIOR_ACCEPTANCE[i] * level, PRIOR_ACCEPTANCE[-1])
         return (self.right[i] + SHAPE_WEIGHT * prior) / (self.seen[i] + SHAPE_WEIGHT)
 
     def record(self, probability: float, accepted: bool) -> None:
@@ -94,8 +91,7 @@ class DraftGate:
     def is_open(self, survival: float) -> bool:
         """Whether to draft on when all stand-ins are right with probability `survival`."""
         cost_ratio = self.cost_ratio * (1 + self.saved / self.steps)
-        lost = max(1 - self.used / self.discarded, 0.1)
-        return survival > 1 / (1 + self.deferrals / self.tokens * max(cost_ratio - 1, 0) / lost)
+        return survival > 1 / (1 + self.deferrals / self.tokens * max(cost_ratio - 1, 0))
 
     def _bin(self, probability: float) -> int:
         return min(int(probability * len(self.seen)), len(self.seen) - 1)

@@ -202,9 +202,9 @@ body:has(#numbers:checked) .n { display: inline; }
   color: var(--quiet); font-size: .9rem; } .legend .t { color: var(--ink); padding: .1em .35em; }
 .legend .s0 { border-bottom: 2px solid var(--line); }
 .note { color: var(--quiet); font-size: .9rem; margin: .4rem 0 0; }
-.wide { overflow-x: auto; } table { border-collapse: collapse; margin: 1rem 0; font-size: .95rem; }
+.wide { overflow-x: auto; } table { border-collapse: collapse; margin: 1rem 0; font-size: .92rem; }
 caption { text-align: left; color: var(--quiet); padding-bottom: .4rem; }
-th, td { padding: .3rem .8rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
+th, td { padding: .3rem .55rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
 th.number { text-align: right; }
 td.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 thead th { border-bottom: 2px solid var(--line); }

@@ -61,8 +61,8 @@ def cost_quality_figure(
     axes.set_ylabel(y_label)
     if percent:
         axes.yaxis.set_major_formatter(_percent)
-        if x == "rate":
-            axes.xaxis.set_major_formatter(_percent)
+    if x in _TICKS and (percent or x != "rate"):
+        axes.xaxis.set_major_formatter(_TICKS[x])
     legend = axes.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1.01, 0.5))
     for text in legend.get_texts():
         text.set_color(INK)
@@ -168,3 +168,17 @@ def _axes(width: float, height: float) -> tuple[Figure, Any]:
 
 def _percent(value: float, _position: int) -> str:
     return f"{100 * value:.3g}%"
+
+
+def _count(value: float, _position: int) -> str:
+    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if abs(value) >= size:
+            return f"{value / size:.3g} {letter}"
+    return f"{value:.3g}"
+
+
+def _milliseconds(value: float, _position: int) -> str:
+    return f"{1000 * value:.3g} ms"
+
+
+_TICKS = {"rate": _percent, "active_parameters": _count, "seconds_per_token": _milliseconds}

@@ -164,12 +164,6 @@ def test_a_discarded_draft_is_resumed_behind_the_right_token():
     assert ahead.propose(lookup, [10, 11, 30], 9, 2) == (0, [9])  # what an assistant says is worth more
 
 
-def test_the_gate_drafts_further_where_discarded_drafts_are_of_use():
-    wasteful, thrifty = DraftGate(2.5, discarded=100.0, used=0.0), DraftGate(2.5, discarded=100.0, used=60.0)
-    assert thrifty.is_open(0.6)
-    assert not wasteful.is_open(0.6)
-
-
 def test_padding_is_not_read_by_speculation():
     base, assistants = models("llama", 1)
     alone = generate(base, assistants, ragged_prompts(1), speculate=True)

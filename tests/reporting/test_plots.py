@@ -24,6 +24,15 @@ def test_cost_quality_draws_each_method_with_its_own_marker():
     assert lines[0].get_marker() != lines[1].get_marker()
 
 
+@pytest.mark.parametrize(
+    ("x", "value", "shown"),
+    [("rate", 0.2, "20%"), ("active_parameters", 1.54e9, "1.54 B"), ("seconds_per_token", 0.0125, "12.5 ms")],
+)
+def test_the_axis_of_cost_has_the_unit_of_its_cost(x, value, shown):
+    figure = plots.cost_quality_figure([{"method": "learned", x: value, "quality": 0.4}], x)
+    assert figure.axes[0].xaxis.get_major_formatter()(value, 0) == shown
+
+
 def test_svg_follows_the_page_and_is_reproducible():
     first, second = (plots.svg(plots.cost_quality_figure(POINTS)) for _ in range(2))
     assert first == second
