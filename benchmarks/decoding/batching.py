@@ -1,6 +1,6 @@
 """One batch of N prompts against N runs of one prompt, tokens per second; and the memory beyond models and caches.
 
-COLLM_DATA=data python benchmarks/decoding/batching.py --batch 8
+COLLM_DATA=data python -m benchmarks.decoding.batching --batch 8
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ forwards, called bare on transformers' own DynamicCache, filled beforehand. `ove
 its deferral head, `over_architecture` without, as the architecture has it. Models: the Qwen pair, or with --tiny two
 random Llamas of 2 layers, where the time is Python's and not arithmetic's.
 
-    COLLM_DATA=data python benchmarks/decoding/floor.py --batch 1
+    COLLM_DATA=data python -m benchmarks.decoding.floor --batch 1
 """
 
 from __future__ import annotations

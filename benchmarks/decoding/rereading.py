@@ -4,7 +4,7 @@ The published loop keeps no cache: the base reads the text for every token, and 
 deferred one. Its time is measured on every --stride-th token of the very text that our loop wrote, and scaled by the
 stride.
 
-    COLLM_DATA=data python benchmarks/decoding/rereading.py
+    COLLM_DATA=data python -m benchmarks.decoding.rereading
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ the assistant drafted by the base. No trained head is needed: the entropy router
 unsure. With --cost-ratio the gate drafts as it would for a larger assistant; counts are then what that one would see,
 times are not.
 
-    COLLM_DATA=data python benchmarks/decoding/speculation.py --prompts 6 --cut 0.5
+    COLLM_DATA=data python -m benchmarks.decoding.speculation --prompts 6 --cut 0.5
 """
 
 from __future__ import annotations
