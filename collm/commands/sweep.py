@@ -167,8 +167,7 @@ def _rows(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
             "recovered": f"{p['recovered']:.0%}" if p.get("recovered") is not None else None,
             "over random": _difference(p.get("over_random")),
             "over entropy": _difference(p.get("over_entropy")),
-            "truncated": p["truncated"],
-            "unparsable": p["unparsable"],
+            "cut / unparsable": f"{p['truncated']} / {p['unparsable']}",
             "parameters": f"{p['active_parameters'] / 1e9:.2f} B",
             "ms": f"{1000 * p['seconds_per_token']:.0f}" if p["seconds_per_token"] is not None else None,
         }
@@ -198,7 +197,8 @@ def _write_report(folder: Path, results: dict[str, Any], sweep: Any, options: Sw
     parts = [
         paragraph(
             f"{points[0]['problems']} problems of {settings['data']}, at most {settings['max_new_tokens']} new tokens, "
-            f"greedy, batches of {settings['batch_size']}. Thresholds come from {options.calibration_problems} others."
+            f"greedy, batches of {settings['batch_size']}. Thresholds come from the checkpoint's calibration where "
+            f"it has the rate, else from {options.calibration_problems} other problems."
         ),
         table(
             _rows(points),

@@ -173,7 +173,7 @@ STYLE = """
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.5 system-ui, -apple-system, "Segoe UI",
   "Noto Sans", "DejaVu Sans", sans-serif; }
-main { max-width: 62rem; margin: 0 auto; padding: 1.5rem 1rem 5rem; }
+main { max-width: 68rem; margin: 0 auto; padding: 1.5rem 1rem 5rem; }
 h1 { font-size: 1.6rem; line-height: 1.25; } h2 { font-size: 1.25rem; margin-top: 2.2rem; }
 h3 { font-size: 1rem; margin: 0 0 .4rem; } h2, h3, caption { break-after: avoid; }
 .switch { display: inline-block; padding: .3rem 0; color: var(--quiet); cursor: pointer; }
