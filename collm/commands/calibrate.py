@@ -73,9 +73,7 @@ def _calibrate(team: Any, models: ModelOptions, data: DataOptions, options: Cali
     folder = Path(options.output) / "texts" if options.output else None
     trajectory = Trajectory(team, problems, batch_size=data.batch_size, folder=folder, settings=data.settings(problems))
     rates = sorted({*options.rates, *([options.target_rate] if options.target_rate else [])})
-    rows, runs = calibrate_rates(
-        trajectory, rates, options.tolerance, report=lambda line: print(line, flush=True)
-    )
+    rows, runs = calibrate_rates(trajectory, rates, options.tolerance, report=lambda line: print(line, flush=True))
     print(_table(rows))
     results: dict[str, Any] = {
         "calibration": rows,

@@ -180,26 +180,25 @@ def _engines(arguments: Arguments, assistants: list[str], tokenizer: Any) -> tup
         raise ConfigurationError(
             f"--assistant-devices has {len(arguments.assistant_devices)} entries for {len(local)}."
         )
-    options, helper_options = (
-        _json(arguments.engine_args, "engine"),
-        _json(arguments.assistant_engine_args, "assistant"),
-    )
+    options = engine_options(arguments.engine_args)
+    helper_options = engine_options(arguments.assistant_engine_args, "assistant")
     devices: list[str | None] = [None] * (1 + len(local))
     devices[0] = arguments.base_devices
     devices[1:] = arguments.assistant_devices or devices[1:]
     places = iter(placements(devices))
-    base = _local(kind, arguments, arguments.model, options, next(places))
+    base = start_engine(kind, arguments, arguments.model, options, next(places))
     remote_names = iter(arguments.assistant_model)
     helpers: list[Engine] = []
     for name in assistants:
         if _is_url(name):
             helpers.append(_remote(arguments, name, tokenizer, next(remote_names, None)))
         else:
-            helpers.append(_local(kind, arguments, name, helper_options, next(places)))
+            helpers.append(start_engine(kind, arguments, name, helper_options, next(places)))
     return base, helpers
 
 
-def _local(kind: str, arguments: Arguments, model: str, options: dict[str, Any], place: Place) -> Engine:
+def start_engine(kind: str, arguments: Arguments, model: str, options: dict[str, Any], place: Place) -> Engine:
+    """The engine of one model, "vllm" or "transformers", with `options` over what the arguments say."""
     if kind == "transformers":
         from collm.engines.transformers import TransformersEngine
 
@@ -311,7 +310,12 @@ def _is_url(name: str) -> bool:
     return name.startswith(("http://", "https://"))
 
 
-def _json(text: str, what: str) -> dict[str, Any]:
+def engine_options(text: str, what: str = "engine") -> dict[str, Any]:
+    """The JSON of `--engine-args`.
+
+    Raises:
+        ConfigurationError: it is no JSON object.
+    """
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import platform
@@ -57,7 +58,7 @@ Arguments = (ModelOptions, DataOptions, SweepOptions)
 def run(models: ModelOptions, data: DataOptions, options: SweepOptions) -> int:
     """Measure, write the files; the last line on standard output is one JSON object."""
     from collm.errors import ConfigurationError
-    from collm.evaluation.sweep import METHODS
+    from collm.evaluation.sweep import METHODS, add_comparisons
 
     metric = options.metric or data.default_metric()
     if metric is None:
@@ -65,46 +66,20 @@ def run(models: ModelOptions, data: DataOptions, options: SweepOptions) -> int:
     for method in options.methods:
         if method not in METHODS:
             raise ConfigurationError(f'there is no method "{method}"; there are {", ".join(METHODS)}')
-    with closing(models.team(data)) as team:
-        return _sweep(team, models, data, options, metric)
-
-
-def _sweep(team: Any, models: ModelOptions, data: DataOptions, options: SweepOptions, metric: str) -> int:
-    from collm.errors import ConfigurationError
-    from collm.evaluation.loading import load_plain, num_parameters
-    from collm.evaluation.metrics import get_metric
-    from collm.evaluation.runner import ModelWriter
-    from collm.evaluation.sweep import Sweep, add_comparisons
-
-    problems = data.problems(team.tokenizer)
-    if len(problems) <= options.calibration_problems:
-        raise ConfigurationError(
-            f"{len(problems)} problems, and {options.calibration_problems} of them calibrate: none is left to report"
-        )
-    sweep = Sweep(
-        team,
-        problems[options.calibration_problems :],
-        problems[: options.calibration_problems],
-        get_metric(metric),
-        Path(options.output) / "texts",
-        data.settings(problems),
-        data.batch_size,
-        load_plain(options.untuned, models.dtype, models.device) if options.untuned else None,
-        options.tolerance,
-    )
     points: list[dict[str, Any]] = []
-    for method in options.methods:
-        found = sweep.points(method, options.rates)
-        for point in found:
-            print(f"{point['method']}: {point['quality']:.1%} at {point['rate']:.1%} deferred", file=sys.stderr)
-        points += found
-        _save(options, models, data, metric, points)
+    with closing(models.team(data)) as team:
+        sweep = _sweep(team, models, data, options, metric)
+        for method in options.methods:
+            found = sweep.points(method, options.rates)
+            for point in found:
+                print(f"{point['method']}: {point['quality']:.1%} at {point['rate']:.1%} deferred", file=sys.stderr)
+            points += found
+            _save(options, models, data, metric, points)
+    # Engines of further checkpoints start when these have given their memory back.
     if options.fine_tuned:
-        tuned = load_plain(options.fine_tuned, models.dtype, models.device)
-        writer = ModelWriter(tuned, team.tokenizer, (), {}, data.max_new_tokens, data.seed)
-        points.append(sweep.alone("fine-tuned base", writer, num_parameters(tuned)))
+        points += _fine_tuned(sweep, models, options.fine_tuned)
     if options.weak_supervision:
-        points += _weak_supervision(sweep, models, data, options)
+        points += _weak_supervision(sweep, models, data, options.weak_supervision, options.rates)
     add_comparisons(points)
     results = _save(options, models, data, metric, points)
     _print(points)
@@ -115,15 +90,51 @@ def _sweep(team: Any, models: ModelOptions, data: DataOptions, options: SweepOpt
     return 0
 
 
-def _weak_supervision(
-    sweep: Any, models: ModelOptions, data: DataOptions, options: SweepOptions
-) -> list[dict[str, Any]]:
-    import dataclasses
+def _sweep(team: Any, models: ModelOptions, data: DataOptions, options: SweepOptions, metric: str) -> Any:
+    from collm.data.tokenizers import check_same_tokenizer, checkpoint_tokenizer
+    from collm.errors import ConfigurationError
+    from collm.evaluation.loading import load_plain
+    from collm.evaluation.metrics import get_metric
+    from collm.evaluation.sweep import Sweep
 
-    assert options.weak_supervision is not None
-    with closing(dataclasses.replace(models, checkpoint=options.weak_supervision).team(data)) as other:
-        second = dataclasses.replace(sweep, team=other, prefix="weak supervision ")
-        points = second.points("learned", options.rates)
+    for name in filter(None, [options.fine_tuned, options.weak_supervision]):  # now, not after hours of writing
+        tokenizer = checkpoint_tokenizer(name, team.model.config.deferral.base_model)
+        check_same_tokenizer(team.tokenizer, tokenizer, models.checkpoint, name)
+    problems = data.problems(team.tokenizer)
+    if len(problems) <= options.calibration_problems:
+        raise ConfigurationError(
+            f"{len(problems)} problems, and {options.calibration_problems} of them calibrate: none is left to report"
+        )
+    return Sweep(
+        team,
+        problems[options.calibration_problems :],
+        problems[: options.calibration_problems],
+        get_metric(metric),
+        Path(options.output) / "texts",
+        data.settings(problems),
+        data.batch_size,
+        load_plain(options.untuned, models.dtype, models.device) if options.untuned else None,
+        options.tolerance,
+    )
+
+
+def _fine_tuned(sweep: Any, models: ModelOptions, name: str) -> list[dict[str, Any]]:
+    from collm.evaluation.loading import load_single
+
+    single = load_single(sweep.team, name, models.dtype, models.device, models.engine, models.engine_args)
+    with closing(single) as team:
+        second = dataclasses.replace(sweep, team=team)
+        points = [second.alone("fine-tuned base", team.writer, team.parameters[0])]
+    sweep.texts.update(second.texts)
+    return points
+
+
+def _weak_supervision(
+    sweep: Any, models: ModelOptions, data: DataOptions, checkpoint: str, rates: list[float]
+) -> list[dict[str, Any]]:
+    with closing(dataclasses.replace(models, checkpoint=checkpoint).team(data)) as team:
+        second = dataclasses.replace(sweep, team=team, prefix="weak supervision ")
+        points = second.points("learned", rates)
     sweep.texts.update(second.texts)
     return [{**point, "method": "weak supervision"} for point in points]
 

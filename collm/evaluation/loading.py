@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -13,6 +14,9 @@ from collm.data.tokenizers import check_same_tokenizer, checkpoint_tokenizer
 from collm.errors import AssistantError, ConfigurationError
 from collm.evaluation.generations import files_fingerprint, weights_fingerprint
 from collm.evaluation.runner import ModelWriter, Writer
+
+# Names as `collm serve` has them.
+ENGINES: dict[str, Literal["vllm", "transformers"]] = {"vllm": "vllm", "sessions": "transformers"}
 
 
 class Models(NamedTuple):
@@ -96,14 +100,13 @@ def load_team(
     from collm.commands import serve
     from collm.evaluation.engines import EngineWriter
 
-    kind = {"vllm": "vllm", "sessions": "transformers"}[engine]
     model = load_base(checkpoint, dtype, device)
     names = [name for name in assistants if name] or list(model.config.deferral.assistants)
     service = serve.build_service(
         serve.Arguments(
             checkpoint,
             names,
-            kind,  # type: ignore[arg-type]
+            ENGINES[engine],
             dtype=dtype,
             engine_args=engine_args,
             assistant_engine_args=assistant_engine_args,
@@ -129,6 +132,42 @@ def load_team(
         {"weights": weights, "dtype": dtype, "engine": engine},
         [writer],
     )
+
+
+def load_single(
+    team: Team,
+    name: str,
+    dtype: str = "auto",
+    device: str | None = None,
+    engine: str = "transformers",
+    engine_args: str = "{}",
+) -> Team:
+    """
+    `team` with a plain model in place of the base, such as a fine-tuned one: its `writer` writes by itself.
+
+    Args:
+        team ([`Team`]): whose tokenizer, limits and seed it gets.
+        name (`str`): folder or Hub name of the model.
+        dtype, device, engine, engine_args: as for [`load_team`].
+
+    Raises:
+        [`AssistantError`]: it cannot be loaded.
+    """
+    names = [short_name(name)]
+    if engine == "transformers":
+        model = load_plain(name, dtype, device)
+        identity = {"weights": [weights_fingerprint(model)], "dtype": str(model.dtype)}
+        writer = replace(team.writer, model=model, assistants=())
+        return Team(model, team.tokenizer, names, writer, [writer], [num_parameters(model)], identity)
+
+    from collm.commands import serve
+
+    parameters = parameters_of(name)
+    arguments = serve.Arguments(name, dtype=dtype, engine_args=engine_args)
+    one = serve.start_engine(ENGINES[engine], arguments, name, serve.engine_options(engine_args), serve.Place(None, 1))
+    writer = replace(team.writer, base=one, assistants=(), loop=asyncio.Runner())
+    identity = {"weights": [files_fingerprint(name)], "dtype": dtype, "engine": engine}
+    return Team(None, team.tokenizer, names, writer, [writer], [parameters], identity, [writer])
 
 
 def load_models(

@@ -39,9 +39,6 @@ from collm.evaluation.trajectory import Trajectory, texts_of
 AT_A_RATE = ("learned", "random", "entropy", "top_probability", "margin", "ema", "scheduled")
 EVERYWHERE = ("mixture", "contrastive", "proxy_tuning")
 METHODS = ("base", "assistant", *AT_A_RATE, *EVERYWHERE, "oracle")
-DEFAULT_METHODS = (
-    "base", "assistant", "learned", "random", "entropy", "top_probability", "mixture", "contrastive", "oracle"
-)  # fmt: skip
 
 
 @dataclass

@@ -7,11 +7,12 @@ import torch
 from conftest import save_plain, tiny_collm, tiny_model, tiny_tokenizer
 
 from collm.cli import main
+from collm.commands.sweep import SweepOptions
 from collm.errors import ConfigurationError
 from collm.evaluation.loading import Team, num_parameters
 from collm.evaluation.metrics import Score
 from collm.evaluation.runner import ModelWriter, make_problems
-from collm.evaluation.sweep import DEFAULT_METHODS, Sweep, add_comparisons
+from collm.evaluation.sweep import Sweep, add_comparisons
 
 
 def parity_of_the_text(row, text, truncated=False) -> Score:
@@ -34,10 +35,11 @@ def sweep(tmp_path):
 
 
 def test_points_have_the_rate_that_was_asked_and_every_control_its_own(sweep):
-    points = [point for method in DEFAULT_METHODS for point in sweep.points(method, [0.3])]
+    methods = SweepOptions(output="").methods
+    points = [point for method in methods for point in sweep.points(method, [0.3])]
     add_comparisons(points)
     by_method = {point["method"]: point for point in points}
-    assert list(by_method) == list(DEFAULT_METHODS)
+    assert list(by_method) == methods
     for method in ("learned", "random", "entropy", "top_probability"):
         assert by_method[method]["rate"] == pytest.approx(0.3, abs=0.12)  # 20 short texts calibrate, 20 others report
         assert "over_random" in by_method[method] or method == "random"
@@ -149,3 +151,30 @@ def test_the_command_writes_json_png_and_html_and_goes_on_where_it_was(tmp_path,
     assert main(command) == 0
     assert json.loads(capsys.readouterr().out.strip().splitlines()[-1]) == said
     assert {path: path.read_bytes() for path in (tmp_path / "o" / "texts").rglob("*.jsonl")} == before
+
+
+def test_other_checkpoints_write_on_the_engine_of_the_sweep(tmp_path, capsys):
+    save_plain(tiny_collm(), tmp_path / "base")
+    save_plain(tiny_model(seed=5), tmp_path / "big")
+    save_plain(tiny_model(seed=6), tmp_path / "tuned")
+    rows = [{"question": f"w{i} =", "answer": f"#### {i % 10}"} for i in range(6)]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def texts(engine, tuned, output):
+        command = [
+            "sweep", str(tmp_path / "base"), "--assistant", str(tmp_path / "big"), "--data", str(tmp_path / "d.jsonl"),
+            "--task", "gsm8k", "--max-new-tokens", "12", "--calibration-problems", "1", "--rates", "0.5",
+            "--methods", "base", "--output", str(tmp_path / output), "--engine", engine, "--fine-tuned", tuned,
+        ]  # fmt: skip
+        status = main(command)
+        lines = (tmp_path / output / "texts" / "fine-tuned-base.jsonl").read_text().splitlines()[1:]
+        return status, {row["id"]: row["token_ids"] for row in map(json.loads, lines)}
+
+    status, expected = texts("transformers", str(tmp_path / "tuned"), "a")
+    assert status == 0
+    assert len(expected) == 5
+    assert texts("sessions", str(tmp_path / "tuned"), "b") == (0, expected)
+    capsys.readouterr()
+    # Texts of another fine-tuned base are not taken for this one's.
+    assert texts("sessions", str(tmp_path / "big"), "b")[0] != 0
+    assert "other settings (weights" in capsys.readouterr().err
