@@ -17,6 +17,9 @@ from collm.errors import ConfigurationError
 from collm.evaluation.generations import Generation
 from collm.evaluation.runner import Problem
 
+# Seconds for one assistant token: nobody waits at the other end, and at first every prompt is read before any token.
+PATIENCE = 1800.0
+
 
 @dataclass
 class EngineWriter:
@@ -103,7 +106,7 @@ class EngineWriter:
         source: list[int] = []
         probabilities: list[float] = []
         finish = None
-        answer: Any = collaborate(request, self.base, self.assistants)
+        answer: Any = collaborate(request, self.base, self.assistants, assistant_timeout=PATIENCE)
         async with aclosing(answer) as pieces:
             async for piece in pieces:
                 ids += piece.token_ids
