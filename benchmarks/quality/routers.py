@@ -9,8 +9,8 @@ row is held out once (`--folds`); thresholds are those of the held-out rows, so 
 what asking at random finds: the rate itself.
 
 Rows of the result: what a base offers untrained (entropy, largest probability); Z-initialisation alone for several
-features, penalties and weights, and smoothed over tokens; marginal likelihood with several deferral costs; a head
-with a hidden layer.
+features, penalties and weights, and smoothed over tokens; marginal likelihood with several deferral costs; weak
+supervision; a head with a hidden layer.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from torch.nn import functional as F
 from collm import CoLLMForCausalLM
 from collm.data.collator import DataCollatorForCoLLM
 from collm.data.scoring import load_scored
-from collm.losses import deferral_labels, marginal_likelihood_loss
+from collm.losses import deferral_labels, marginal_likelihood_loss, weak_supervision_loss
 from collm.training.cache import cache_targets
 from collm.training.solver import DEFAULT_L2, HIDDEN_PENALTY, Solution, head_logits, roc_auc, solve_head
 from collm.training.targets import TargetData
@@ -146,6 +146,8 @@ def routers(model: Any) -> dict[str, Fit]:
         (both, 0.5),
     ):
         named[f"marginal likelihood, {features}, c {cost:g}"] = trained(model, features, cost=cost)
+    named["weak supervision, hidden"] = trained(model, "hidden", weak_supervision=True)
+    named[f"weak supervision, {both}"] = trained(model, both, weak_supervision=True)
     named[f"hidden layer of 32, {both}, c 0.2"] = hidden_layer(model, 32, 0.2)
     return named
 
@@ -166,8 +168,10 @@ def trained(
     weight: float = 8.0,
     ignore_both_wrong: bool = False,
     cost: float | None = None,
+    weak_supervision: bool = False,
 ) -> Fit:
-    """The linear head: Z-initialised, and with a `cost` trained on the marginal likelihood from there."""
+    """The linear head: Z-initialised, and from there trained on the marginal likelihood with a `cost`, or on the labels
+    with weak supervision."""
 
     def fit(fitted: TargetData, held: TargetData) -> Tensor:
         own, others = standardised(model, fitted, held, features)
@@ -187,10 +191,15 @@ def trained(
                 fitted.base_logprobs[rows], fitted.assistant_logprobs[rows], logits, cost, len(fitted)
             )
 
+        def weak(logits: Tensor, rows: slice) -> Tensor:
+            return weak_supervision_loss(fitted.base_logprobs[rows], logits, labels[rows], len(fitted))
+
         penalties = torch.full((own.shape[1],), l2, dtype=torch.float64)
         if "hidden" in features:
             penalties[: fitted.features.shape[1] - 4] *= hidden_penalty
         head: Solution = solve_head(own, cross_entropy, 1, penalties)
+        if weak_supervision:
+            head = solve_head(own, weak, 1, penalties, start=head)
         if cost is not None:
             head = solve_head(own, marginal, 1, penalties, start=head)
         return head_logits(others, head, torch.Tensor.float)[:, 0]
