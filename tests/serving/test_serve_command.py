@@ -158,6 +158,6 @@ def test_engines_on_a_cpu_get_cores_of_their_own(monkeypatch):
 
 def test_engine_arguments_must_be_an_object():
     with pytest.raises(ConfigurationError, match="JSON"):
-        serve._json("{", "engine")
+        serve.engine_options("{")
     with pytest.raises(ConfigurationError, match="object"):
-        serve._json("[1]", "engine")
+        serve.engine_options("[1]")
