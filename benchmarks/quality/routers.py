@@ -192,7 +192,8 @@ def trained(
             )
 
         def weak(logits: Tensor, rows: slice) -> Tensor:
-            return weak_supervision_loss(fitted.base_logprobs[rows], logits, labels[rows], len(fitted))
+            base, count = fitted.base_logprobs[rows], len(fitted)
+            return weak_supervision_loss(base, logits, labels[rows], num_items_in_batch=count)
 
         penalties = torch.full((own.shape[1],), l2, dtype=torch.float64)
         if "hidden" in features:

@@ -235,11 +235,18 @@ def num_parameters(model: Any) -> int:
 
 
 def parameters_of(name: str) -> int:
-    """Parameters of a model that is not loaded here, by its config."""
+    """Parameters of a model that is not loaded here, by its config.
+
+    Raises:
+        [`AssistantError`]: it has no config of a causal language model.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    with torch.device("meta"):
-        return num_parameters(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name)))
+    try:
+        with torch.device("meta"):
+            return num_parameters(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name)))
+    except (OSError, ValueError) as error:
+        raise AssistantError(f'the model "{name}" cannot be loaded: {error}') from error
 
 
 def _default_device() -> str:
