@@ -83,6 +83,7 @@ def calibrate_rates(
     tolerance: float = 0.01,
     runs_per_rate: int = 4,
     report: Callable[[str], None] = lambda line: None,
+    known: Sequence[Run] = (),
 ) -> tuple[list[dict[str, Any]], list[Run]]:
     """
     The table from rates to thresholds, measured on the collaborative trajectory.
@@ -93,6 +94,7 @@ def calibrate_rates(
         tolerance (`float`, *optional*, defaults to 0.01): how near a realised rate has to come, as a share of tokens.
         runs_per_rate (`int`, *optional*, defaults to 4): give up on a rate after that many runs for it.
         report (callable, *optional*): told about each run in one line.
+        known (sequence of [`Run`], *optional*): runs on the same prompts that exist already, for whatever rates.
 
     Returns:
         `tuple[list[dict], list[Run]]`: the rows of `DeferralConfig.calibration`, ascending in rate, and every run. A
@@ -113,7 +115,9 @@ def calibrate_rates(
         raise CalibrationError(
             f"every token has the score {start.sorted[0]:.6g}: the head is not trained (a new head says 0.5 everywhere)"
         )
-    runs = [start]
+    runs = [start, *known]
+    for run in known:
+        report(f"known already: threshold {run.threshold:.6g} realised {run.rate:.1%}")
     # From the middle outwards, so that extreme rates are estimated from runs near them.
     for rate in sorted(rates, key=lambda r: abs(r - float(np.median(rates)))):
         for _ in range(runs_per_rate):

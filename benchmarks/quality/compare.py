@@ -67,7 +67,8 @@ def read(sweeps: list[str]) -> list[dict[str, Any]]:
         folder, _, words = sweep.partition("=")
         results = json.loads(Path(folder, "sweep.json").read_text(encoding="utf-8"))
         settings = results["settings"]
-        kinds.add((results["metric"], settings["data"], settings["limit"], settings["calibration_problems"]))
+        first = settings["first"] + (0 if settings.get("calibration_data") else settings["calibration_problems"])
+        kinds |= {(results["metric"], settings["data"], first, point["problems"]) for point in results["points"]}
         for point in results["points"]:
             if words and point["method"] != "assistant":
                 point["method"] += f", {words}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -73,7 +74,8 @@ def _calibrate(team: Any, models: ModelOptions, data: DataOptions, options: Cali
     folder = Path(options.output) / "texts" if options.output else None
     trajectory = Trajectory(team, problems, batch_size=data.batch_size, folder=folder, settings=data.settings(problems))
     rates = sorted({*options.rates, *([options.target_rate] if options.target_rate else [])})
-    rows, runs = calibrate_rates(trajectory, rates, options.tolerance, report=lambda line: print(line, flush=True))
+    report = functools.partial(print, flush=True)
+    rows, runs = calibrate_rates(trajectory, rates, options.tolerance, report=report, known=trajectory.finished())
     print(_table(rows))
     results: dict[str, Any] = {
         "calibration": rows,

@@ -18,7 +18,8 @@ HELP = "quality against deferral rate and cost, with every control, as JSON, PNG
 EXAMPLE = """
 collm sweep my-checkpoint --assistant Qwen/Qwen2.5-Coder-1.5B-Instruct --data gsm8k/dev.jsonl --task gsm8k \\
     --calibration-problems 64 --limit 264 --rates 0.1 0.2 0.3 0.5 --output results/sweep
-collm sweep my-checkpoint --data dev.jsonl --task gsm8k --methods learned random entropy --output results/short
+collm sweep my-checkpoint --data test.jsonl --calibration-data dev.jsonl --task gsm8k --methods learned random \
+    entropy --output results/short
 collm sweep my-checkpoint --data dev.jsonl --task gsm8k --fine-tuned my-sft --weak-supervision my-baseline --output all
 """
 
@@ -40,6 +41,9 @@ class SweepOptions:
     metric: str | None = field(default=None, metadata={"help": "as in `collm eval`; default: the task's"})
     calibration_problems: int = field(
         default=64, metadata={"help": "the first problems set thresholds; the rest are reported"}
+    )
+    calibration_data: str | None = field(
+        default=None, metadata={"help": "file whose first problems set thresholds; then all of data are reported"}
     )
     tolerance: float = field(
         default=0.01, metadata={"help": "how near the rate of a threshold has to come on the calibration problems"}
@@ -101,14 +105,18 @@ def _sweep(team: Any, models: ModelOptions, data: DataOptions, options: SweepOpt
         tokenizer = checkpoint_tokenizer(name, team.model.config.deferral.base_model)
         check_same_tokenizer(team.tokenizer, tokenizer, models.checkpoint, name)
     problems = data.problems(team.tokenizer)
-    if len(problems) <= options.calibration_problems:
-        raise ConfigurationError(
-            f"{len(problems)} problems, and {options.calibration_problems} of them calibrate: none is left to report"
-        )
+    count = options.calibration_problems
+    if options.calibration_data:
+        apart = dataclasses.replace(data, data=options.calibration_data, first=0, limit=count)
+        calibration, reported = apart.problems(team.tokenizer), problems
+    elif len(problems) > count:
+        calibration, reported = problems[:count], problems[count:]
+    else:
+        raise ConfigurationError(f"{len(problems)} problems, and {count} of them calibrate: none is left to report")
     return Sweep(
         team,
-        problems[options.calibration_problems :],
-        problems[: options.calibration_problems],
+        reported,
+        calibration,
         get_metric(metric),
         Path(options.output) / "texts",
         data.settings(problems),

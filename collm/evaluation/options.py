@@ -8,9 +8,8 @@ from typing import Any, Literal
 from collm.data.reading import read_rows
 from collm.data.tasks import TASKS
 from collm.errors import ConfigurationError
-from collm.evaluation.generations import data_fingerprint
 from collm.evaluation.loading import Team, load_team
-from collm.evaluation.runner import Problem, make_problems
+from collm.evaluation.runner import Problem, make_problems, problems_fingerprint
 
 
 @dataclass
@@ -58,7 +57,7 @@ class DataOptions:
         options = asdict(self)
         for name in ("data", "split", "dataset_config", "first", "limit", "batch_size"):
             options.pop(name)  # the fingerprint says more than the name; the batch changes no greedy text
-        return {**options, "problems": data_fingerprint({"prompt": p.prompt_ids} for p in problems)}
+        return {**options, "problems": problems_fingerprint(problems)}
 
     def default_metric(self) -> str | None:
         """The metric of the task, where the task has one."""

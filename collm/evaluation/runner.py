@@ -21,7 +21,7 @@ import torch
 from collm.data.chat import Chat, bos, encode, message
 from collm.data.tasks import get_task
 from collm.errors import DataFormatError
-from collm.evaluation.generations import Generation, GenerationStore
+from collm.evaluation.generations import Generation, GenerationStore, data_fingerprint
 from collm.evaluation.intervals import bootstrap_interval, wilson_interval
 from collm.evaluation.metrics import Metric, Score
 
@@ -87,6 +87,11 @@ def make_problems(
         ids = encode(tokenizer, chat.render(asked, add_generation_prompt=True))
         problems.append(Problem(number, row, asked[-1]["content"], ids))
     return problems
+
+
+def problems_fingerprint(problems: Iterable[Problem]) -> str:
+    """Hash of the prompts, in order: which texts a [`GenerationStore`] is for."""
+    return data_fingerprint({"prompt": problem.prompt_ids} for problem in problems)
 
 
 class Writer(Protocol):

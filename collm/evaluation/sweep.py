@@ -33,7 +33,7 @@ from collm.evaluation.generations import Generation, GenerationStore
 from collm.evaluation.intervals import paired_bootstrap
 from collm.evaluation.loading import Team
 from collm.evaluation.metrics import Metric
-from collm.evaluation.runner import Problem, Writer, generate_all, headline_scores, summarise
+from collm.evaluation.runner import Problem, Writer, generate_all, headline_scores, problems_fingerprint, summarise
 from collm.evaluation.trajectory import Trajectory, texts_of
 
 AT_A_RATE = ("learned", "random", "entropy", "top_probability", "margin", "ema", "scheduled")
@@ -137,7 +137,8 @@ class Sweep:
     def trajectory(self, router: str) -> Trajectory:
         """Runs of a router on the calibration problems."""
         folder = self.folder / f"{self.prefix}calibration"
-        return Trajectory(self.team, self.calibration, {"name": router}, self.batch_size, folder, self.settings)
+        settings = {**self.settings, "problems": problems_fingerprint(self.calibration)}
+        return Trajectory(self.team, self.calibration, {"name": router}, self.batch_size, folder, settings)
 
     def thresholds(self, trajectory: Trajectory, rates: Sequence[float]) -> dict[float, float]:
         """Asked rate to threshold: from the checkpoint's table where it covers them, else measured now.
@@ -156,7 +157,8 @@ class Sweep:
                 f"the thresholds of {trajectory.router['name']} have to be measured on problems that are not reported: "
                 "set --calibration-problems"
             )
-        rows, _ = calibrate_rates(trajectory, rates, tolerance=self.tolerance, report=print)
+        known = trajectory.finished()
+        rows, _ = calibrate_rates(trajectory, rates, tolerance=self.tolerance, report=print, known=known)
         table = DeferralConfig(calibration=rows)
         reached = [row["rate"] for row in rows]
         return {rate: table.threshold_for_rate(min(max(rate, reached[0]), reached[-1])) for rate in rates}

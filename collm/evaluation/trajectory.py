@@ -53,16 +53,24 @@ class Trajectory:
 
     def __call__(self, threshold: float) -> Run:
         options = {**self.team.writer.options, **self.options(threshold)}
-        run = "never" if threshold == np.inf else f"{self.router['name']}-{threshold:.9g}"  # the same for all routers
-        path = self.folder / f"{run}.jsonl" if self.folder else None
-        store = GenerationStore(path, {**self.team.identity, **self.settings, "decoding": options})
         shown = f"{self.router['name']} at {threshold:.4g}"
-        generations = generate_all(
-            replace(self.team.writer, options=options), self.problems, store, self.batch_size, shown
-        )
+        writer = replace(self.team.writer, options=options)
+        generations = generate_all(writer, self.problems, self._store(threshold), self.batch_size, shown)
         self.generations[threshold] = generations
         scores = self.scores(generations)
         return Run(threshold, scores, asked=[generation.deferred for generation in generations])
+
+    def finished(self) -> list[Run]:
+        """The runs in `folder` that are complete, whatever rates they were for: nothing is generated."""
+        files = self.folder.glob(f"{self.router['name']}-*.jsonl") if self.folder else ()
+        thresholds = sorted(float(path.stem.removeprefix(f"{self.router['name']}-")) for path in files)
+        return [self(threshold) for threshold in thresholds if len(self._store(threshold).done) == len(self.problems)]
+
+    def _store(self, threshold: float) -> GenerationStore:
+        run = "never" if threshold == np.inf else f"{self.router['name']}-{threshold!r}"  # never: for all routers
+        path = self.folder / f"{run}.jsonl" if self.folder else None
+        options = {**self.team.writer.options, **self.options(threshold)}
+        return GenerationStore(path, {**self.team.identity, **self.settings, "decoding": options})
 
     def scores(self, generations: Sequence[Generation]) -> list[np.ndarray]:
         """The router's score of every generated token, one array per text."""

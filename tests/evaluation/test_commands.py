@@ -80,6 +80,18 @@ def test_calibrated_texts_are_kept_and_used_again(folder, tmp_path, capsys, monk
     assert (folder / "base" / "config.json").read_text() == before
 
 
+def test_runs_of_a_calibration_serve_other_rates_too(folder, tmp_path, capsys, monkeypatch):
+    def calibrate(*rates: str) -> dict:
+        options = ["--limit", "8", "--output", str(tmp_path), "--dry-run", "--tolerance", "0.05"]
+        assert run(folder, "calibrate", "--rates", *rates, *options) == 0
+        return json.loads((tmp_path / "calibration.json").read_text())
+
+    both = calibrate("0.2", "0.4")
+    monkeypatch.setattr(CoLLMForCausalLM, "generate", lambda *_, **__: pytest.fail("generated again"))
+    assert calibrate("0.4")["calibration"] == both["calibration"][1:]
+    assert len(capsys.readouterr().out.split("known already")) == len(both["runs"])
+
+
 def test_calibrate_by_metric_and_by_roc(folder, tmp_path, capsys):
     few = ["--rates", "0.3", "--limit", "12", "--dry-run", "--output"]
     assert run(folder, "calibrate", *few, str(tmp_path / "m"), "--metric", "gsm8k") == 0

@@ -153,6 +153,30 @@ def test_the_command_writes_json_png_and_html_and_goes_on_where_it_was(tmp_path,
     assert {path: path.read_bytes() for path in (tmp_path / "o" / "texts").rglob("*.jsonl")} == before
 
 
+def test_problems_of_another_file_set_thresholds(tmp_path, capsys):
+    model = tiny_collm()
+    model.deferral_head.weight.data.mul_(0.3)
+    save_plain(model, tmp_path / "base")
+    save_plain(tiny_model(seed=5), tmp_path / "big")
+    rows = [json.dumps({"question": f"w{i} =", "answer": f"#### {i % 10}"}) + "\n" for i in range(16)]
+    (tmp_path / "all.jsonl").write_text("".join(rows))
+    (tmp_path / "second.jsonl").write_text("".join(rows[8:]))
+
+    def points(data, *options):
+        command = [
+            "sweep", str(tmp_path / "base"), "--assistant", str(tmp_path / "big"), "--data", str(tmp_path / data),
+            "--task", "gsm8k", "--max-new-tokens", "12", "--calibration-problems", "8", "--rates", "0.3",
+            "--methods", "learned", "--output", str(tmp_path / f"of {data}"), *options,
+        ]  # fmt: skip
+        assert main(command) == 0
+        return json.loads(capsys.readouterr().out.strip().splitlines()[-1])["points"]
+
+    together = points("all.jsonl")
+    apart = points("second.jsonl", "--calibration-data", str(tmp_path / "all.jsonl"))
+    assert [point["rate"] for point in together] == [point["rate"] for point in apart]
+    assert together[0]["quality"] == apart[0]["quality"]
+
+
 def test_other_checkpoints_write_on_the_engine_of_the_sweep(tmp_path, capsys):
     save_plain(tiny_collm(), tmp_path / "base")
     save_plain(tiny_model(seed=5), tmp_path / "big")
