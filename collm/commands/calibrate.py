@@ -84,6 +84,9 @@ def _calibrate(team: Any, models: ModelOptions, data: DataOptions, options: Cali
     }
 
     deferral = team.model.config.deferral
+    dropped = [row["rate"] for row in deferral.calibration if row["rate"] not in rates]
+    if dropped and not options.dry_run:
+        print(f"the table's rows for {', '.join(f'{rate:.1%}' for rate in dropped)} are gone: `--rates` names all rows")
     deferral.calibration = rows
     deferral.assistants = deferral.assistants or list(models.assistant)
     if options.target_rate:

@@ -40,7 +40,9 @@ def last_json(capsys) -> dict:
 def test_calibrate_then_evaluate_at_a_rate(folder, tmp_path, capsys):
     rates = ["--rates", "0.2", "0.4"]
     assert run(folder, "calibrate", *rates, "--target-rate", "0.3", "--output", str(tmp_path / "c")) == 0
-    said = last_json(capsys)
+    printed = capsys.readouterr().out
+    said = json.loads(printed.strip().splitlines()[-1])
+    assert "are gone" not in printed
     deferral = CoLLMForCausalLM.from_pretrained(folder / "base").config.deferral
     assert [row["rate"] for row in deferral.calibration] == pytest.approx([0.2, 0.3, 0.4], abs=0.05)
     assert deferral.threshold == pytest.approx(said["threshold"])
@@ -66,6 +68,10 @@ def test_calibrate_then_evaluate_at_a_rate(folder, tmp_path, capsys):
     assert (tmp_path / "e" / "generations.jsonl").read_text().splitlines() == lines
     assert run(folder, "eval", "--threshold", "0.9", "--output", str(tmp_path / "e")) == 2
     assert "other settings" in capsys.readouterr().err
+
+    # One rate alone would be a table of one row.
+    assert run(folder, "calibrate", "--rates", "0.2", "--output", str(tmp_path / "c")) == 0
+    assert f"{deferral.calibration[-1]['rate']:.1%} are gone" in capsys.readouterr().out
 
 
 def test_calibrated_texts_are_kept_and_used_again(folder, tmp_path, capsys, monkeypatch):
