@@ -18,7 +18,7 @@ HELP = "quality against deferral rate and cost, with every control, as JSON, PNG
 EXAMPLE = """
 collm sweep my-checkpoint --assistant Qwen/Qwen2.5-Coder-1.5B-Instruct --data gsm8k/dev.jsonl --task gsm8k \\
     --calibration-problems 64 --limit 264 --rates 0.1 0.2 0.3 0.5 --output results/sweep
-collm sweep my-checkpoint --data test.jsonl --calibration-data dev.jsonl --task gsm8k --methods learned random \
+collm sweep my-checkpoint --data test.jsonl --calibration-data dev.jsonl --task gsm8k --methods learned random \\
     entropy --output results/short
 collm sweep my-checkpoint --data dev.jsonl --task gsm8k --fine-tuned my-sft --weak-supervision my-baseline --output all
 """
