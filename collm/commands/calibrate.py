@@ -84,7 +84,8 @@ def _calibrate(team: Any, models: ModelOptions, data: DataOptions, options: Cali
     }
 
     deferral = team.model.config.deferral
-    dropped = [row["rate"] for row in deferral.calibration if row["rate"] not in rates]
+    kept = {row["rate"] for row in rows}  # where scores are tied, not the rate that was asked
+    dropped = [row["rate"] for row in deferral.calibration if row["rate"] not in kept]
     if dropped and not options.dry_run:
         print(f"the table's rows for {', '.join(f'{rate:.1%}' for rate in dropped)} are gone: `--rates` names all rows")
     deferral.calibration = rows
