@@ -54,7 +54,7 @@ def load_deferral_checkpoint(
     held = {key: kwargs.pop(key) for key in MODEL_ARGUMENTS if key in kwargs}
     config = kwargs.pop("config", None)
     if config is None:
-        config, kwargs = _read_config(name, kwargs)
+        config, kwargs = read_config(name, kwargs)
     kwargs = {**kwargs, **hub, **held}
     want_info = kwargs.pop("output_loading_info", False)
     base_class = base_class_for(config)
@@ -80,7 +80,7 @@ def load_deferral_checkpoint(
     return (model, info) if want_info else model
 
 
-def _read_config(name: str, kwargs: dict[str, Any]) -> tuple[PreTrainedConfig, dict[str, Any]]:
+def read_config(name: str, kwargs: dict[str, Any]) -> tuple[PreTrainedConfig, dict[str, Any]]:
     """The config, and the arguments that it did not use."""
     looks_like_path = os.path.isabs(name) or name.startswith((".", "~")) or name.count("/") > 1
     if looks_like_path and not os.path.isdir(name):
@@ -188,12 +188,13 @@ def _load_base_of(name: str, config: PreTrainedConfig, hub: dict[str, Any], kwar
     # Revision and subfolder belong to the checkpoint, the rest (token, cache, offline) to both.
     kwargs = {key: value for key, value in kwargs.items() if key not in ("revision", "subfolder")}
     hub = {key: value for key, value in hub.items() if key in kwargs}
-    base_config, _ = _read_config(deferral.base_model, dict(hub))
+    base_config, _ = read_config(deferral.base_model, dict(hub))
     if getattr(base_config, "deferral", None) is None and _paper_defer_row(deferral.base_model, hub) is None:
         base_class = base_class_for(base_config)
         model = base_class.from_pretrained(deferral.base_model, **kwargs)
         return CoLLMForCausalLM.from_base(model, deferral=deferral)
-    model = load_deferral_checkpoint(deferral.base_model, deferral=dict(deferral), **kwargs)
+    settings = {key: value for key, value in deferral.items() if key != "base_model"}  # the base has its own
+    model = load_deferral_checkpoint(deferral.base_model, deferral=settings, **kwargs)
     model.config.deferral.base_model = deferral.base_model
     return model
 
@@ -281,6 +282,28 @@ def save_head_only(model: Any, folder: str | os.PathLike[str]) -> None:
     os.replace(temporary, Path(folder, HEAD_FILE))
 
 
+def is_head_only(name: str) -> bool:
+    """Whether a deferral checkpoint holds a head alone: its weights are those of `deferral.base_model`."""
+    return not _find(name, ADAPTER_FILE, {}) and _find(name, HEAD_FILE, {}) is not None
+
+
+def check_base_untrained(name: str) -> None:
+    """
+    Raises:
+        CheckpointError: the base of the checkpoint `name` was trained too, so that its head alone would be wrong.
+    """
+    advice = "so that the head alone would be wrong. Take all of it."
+    if _find(name, ADAPTER_FILE, {}):
+        raise CheckpointError(f'"{name}" is an adapter: it changes its base, {advice}')
+    file = Path(name, TRAINING_FILE)
+    training = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if training.get("mode", "head") != "head":
+        raise CheckpointError(
+            f'"{name}" was trained with mode {training["mode"]}: its base differs from {training.get("base_model")}, '
+            f"{advice}"
+        )
+
+
 def link_full_checkpoint(name: str, folder: str | os.PathLike[str]) -> bool:
     """
     Make `folder` a full checkpoint of the head-only checkpoint `name`, without copying: links to the files of its base,
@@ -293,13 +316,13 @@ def link_full_checkpoint(name: str, folder: str | os.PathLike[str]) -> bool:
         CheckpointError: an adapter, or a head whose base is no plain safetensors checkpoint.
     """
     adapter, head = _find(name, ADAPTER_FILE, {}), _find(name, HEAD_FILE, {})
-    deferral = getattr(_read_config(name, {})[0], "deferral", None) if adapter or head else None
+    deferral = getattr(read_config(name, {})[0], "deferral", None) if adapter or head else None
     if deferral is None:
         return False
     base = DeferralConfig.from_any(deferral).base_model or ""
     files = sorted(_whole(base).iterdir()) if head and base else []
     weights = [file for file in files if file.suffix == ".safetensors"]
-    if not weights or getattr(_read_config(base, {})[0], "deferral", None) is not None:
+    if not weights or getattr(read_config(base, {})[0], "deferral", None) is not None:
         raise CheckpointError(
             f'an engine needs all weights in one folder, and "{name}" has not: `collm export {name} FULL` writes one.'
         )
@@ -332,8 +355,3 @@ def save_deferral_config(model: Any, folder: str | os.PathLike[str]) -> None:
     model.config.architectures = ["CoLLMForCausalLM"]
     model.config.dtype = str(model.dtype).removeprefix("torch.")
     model.config.save_pretrained(folder)
-
-
-def head_state(model: Any) -> dict[str, torch.Tensor]:
-    """Copy of the head's tensors, float32 on the CPU."""
-    return {key: value.detach().float().cpu().clone() for key, value in model.deferral_head.state_dict().items()}

@@ -10,6 +10,7 @@ CoLLMError(ValueError)
 ├── ScoreMismatchError        scores of another model, tokenizer or data set
 ├── CalibrationError          a deferral rate was asked for and no table answers it
 ├── AssistantError            an assistant failed while it was asked
+│   └── AssistantRefusal      it is there, and does not do what this request asks of it
 └── TrainingError             training cannot go on: a loss that is no number, a checkpoint that cannot be written
 """
 
@@ -57,6 +58,10 @@ class CalibrationError(CoLLMError):
 
 class AssistantError(CoLLMError):
     """An assistant failed while it was asked for a token."""
+
+
+class AssistantRefusal(AssistantError):
+    """An assistant answered that it does not do what a request asks of it, or in a way that deferral cannot use."""
 
 
 class TrainingError(CoLLMError):

@@ -65,7 +65,8 @@ def push_checkpoint(
         `str`: URL of the commit.
 
     Raises:
-        CheckpointError: no checkpoint there, weights that are no safetensors, or a base that only this machine knows.
+        CheckpointError: no checkpoint there, weights that are no safetensors, a base that only this machine knows, or
+            no results where there should be some.
         HubError: the Hub refuses (401, 403, 404, ...), cannot be reached, or a file holds an access token.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
@@ -79,7 +80,7 @@ def push_checkpoint(
     with tempfile.TemporaryDirectory() as staged:
         files = _stage(Path(folder), Path(staged), head_only, base_model)
         refuse_secrets(files.values(), token)
-        records = [read_json(Path(path)) for path in results]
+        records = [_results_of(Path(path)) for path in results]
         with hub_errors(repo_id):
             api = HfApi(token=token)
             repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
@@ -208,6 +209,12 @@ def read_json(path: Path) -> dict[str, Any]:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise CheckpointError(f"{path} is no JSON: {error}") from error
+
+
+def _results_of(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise CheckpointError(f'there are no results in "{path}": name a results.json of `collm eval`.')
+    return read_json(path)
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> Path:
@@ -403,10 +410,18 @@ def _license_of(base_model: str | None, token: str | bool | None) -> str | None:
 def hub_errors(repo_id: str) -> Iterator[None]:
     """Turn what the Hub or the network says into a `HubError` that says what to do."""
     # HTTPError is the base of the HTTP library's own errors, network errors among them; the library changed twice.
-    from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        HTTPError,
+        LocalTokenNotFoundError,
+        OfflineModeIsEnabled,
+    )
 
     try:
         yield
+    except HFValidationError as error:
+        raise HubError(f'"{repo_id}" cannot be the name of a repository: {error}') from error
     except OfflineModeIsEnabled as error:
         raise HubError("the Hub is switched off here: HF_HUB_OFFLINE is set.") from error
     except LocalTokenNotFoundError as error:

@@ -23,6 +23,7 @@ class Arguments:
     threshold: float = dataclasses.field(default=0.5, metadata={"help": "above it the assistant writes"})
     batch_size: int = dataclasses.field(default=8, metadata={"help": "rows at once"})
     names: list[str] = dataclasses.field(default_factory=list, metadata={"help": "several"})
+    keys: list[str] = dataclasses.field(default_factory=list, metadata={"help": "or again", "action": "extend"})
     mode: Literal["plain", "json"] = dataclasses.field(default="plain", metadata={"help": "output"})
     verbose: bool = dataclasses.field(default=False, metadata={"help": "say more"})
     limit: int | None = dataclasses.field(default=None, metadata={"help": "stop early"})
@@ -56,6 +57,10 @@ def test_yaml_file_supplies_options_and_the_command_line_wins(tmp_path):
     assert parsed("--config", str(path)) == from_file
     assert parsed("--config", str(path), "--batch-size", "9") == dataclasses.replace(from_file, batch_size=9)
     assert parsed("elsewhere", "--config", str(path)).source == "elsewhere"
+    path.write_text("source: data\nkeys: [old]\nnames: [old]\n")
+    assert parsed("--config", str(path)).keys == ["old"]
+    typed = parsed("--config", str(path), "--keys", "new", "--keys=newer", "--names", "new")
+    assert (typed.keys, typed.names) == (["new", "newer"], ["new"])
 
 
 def test_config_file_as_positional(tmp_path):
@@ -79,7 +84,7 @@ def test_config_file_as_positional(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("treshold: 1", 'unknown key \'treshold\'. Did you mean "threshold"?'),
+        ("treshold: 1", "unknown key 'treshold'. Did you mean \"threshold\"?"),
         ("- a", "has to be a mapping"),
         ("a: [", "is not YAML"),
     ],
@@ -110,7 +115,7 @@ def test_unknown_option_gets_a_suggestion(capsys):
     with pytest.raises(SystemExit) as raised:
         parsed("data", "--treshold", "0.3")
     assert raised.value.code == 2
-    assert 'unknown argument \'--treshold\'. Did you mean "--threshold"?' in capsys.readouterr().err
+    assert "unknown argument '--treshold'. Did you mean \"--threshold\"?" in capsys.readouterr().err
 
 
 def test_options_that_do_not_go_together_are_bad_input(tmp_path, capsys):

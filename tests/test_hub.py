@@ -14,7 +14,7 @@ from conftest import tiny_collm
 from hub_session import READER, WRITER
 
 from collm import DeferralConfig
-from collm.errors import CheckpointError
+from collm.errors import CheckpointError, HubError
 from collm.hub import model_card, public_name, push_checkpoint, read_json
 
 
@@ -207,3 +207,13 @@ def test_the_head_alone_is_refused_where_the_base_was_trained(tmp_path):
     (tmp_path / "collm_training.json").write_text(json.dumps({"mode": "full", "base_model": "org/base"}))
     with pytest.raises(CheckpointError, match=r"was trained with mode full: its base differs from org/base"):
         push_checkpoint(tmp_path, "me/x", head_only=True)
+
+
+def test_results_and_names_that_are_none_are_named(tmp_path):
+    (tmp_path / "config.json").write_text('{"deferral": {}, "model_type": "llama"}')
+    (tmp_path / "deferral_head.safetensors").write_bytes(b"")
+    given = {"base_model": "me/base"}
+    with pytest.raises(CheckpointError, match="no results in"):
+        push_checkpoint(tmp_path, "me/name", results=[tmp_path / "typo.json"], **given)
+    with pytest.raises(HubError, match="cannot be the name of a repository"):
+        push_checkpoint(tmp_path, "my repo/na me", **given)

@@ -115,7 +115,7 @@ class CommandParser(HfArgumentParser):
         """
         path = self._file_named_in(argv)
         if path is not None:
-            self.set_file_defaults(Path(path))
+            self.set_file_defaults(Path(path), argv)
         namespace, remaining = self.parse_known_args(argv)
         values = vars(namespace)
         try:
@@ -127,9 +127,10 @@ class CommandParser(HfArgumentParser):
             raise ConfigurationError(str(error)) from error
         return [*filled, remaining]
 
-    def set_file_defaults(self, path: Path) -> None:
+    def set_file_defaults(self, path: Path, argv: Sequence[str] = ()) -> None:
         """
-        Make the values of a YAML file the defaults, converted and checked as if they had been typed.
+        Make the values of a YAML file the defaults, converted and checked as if they had been typed. What `argv` says
+        too is checked and left out: an option that adds to a list would add to the file's.
 
         Raises:
             [`~errors.ConfigurationError`]: the file is missing or no mapping, or has a key that no option has.
@@ -147,7 +148,9 @@ class CommandParser(HfArgumentParser):
             if key not in actions:
                 raise ConfigurationError(f"{path}: unknown key {key!r}.{did_you_mean(str(key), actions)}")
             action = actions[key]
-            self.set_defaults(**{key: None if value is None else self._converted(action, value, path)})
+            default = None if value is None else self._converted(action, value, path)
+            if not any(word.partition("=")[0] in action.option_strings for word in argv):
+                self.set_defaults(**{key: default})
             action.required = False
             if not action.option_strings:
                 action.nargs = {None: "?", "+": "*"}.get(action.nargs, action.nargs)  # type: ignore[arg-type]

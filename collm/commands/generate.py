@@ -76,6 +76,7 @@ def run(arguments: Arguments, remaining: Sequence[str] = ()) -> int:
     if arguments.format not in FORMATS:
         hint = did_you_mean(arguments.format, FORMATS)
         raise ConfigurationError(f'--format is "{arguments.format}"; allowed are {", ".join(FORMATS)}.{hint}')
+    _check(arguments)
     chats = read_prompts(arguments)
     if not chats:
         raise DataFormatError("There is no prompt: give one as an argument, by --file, or on standard input.")
@@ -88,16 +89,37 @@ def run(arguments: Arguments, remaining: Sequence[str] = ()) -> int:
     return 0
 
 
+def _check(arguments: Arguments) -> None:
+    for name in ("batch_size", "max_new_tokens"):
+        if getattr(arguments, name) < 1:
+            raise ConfigurationError(f"--{name.replace('_', '-')} must be at least 1; got {getattr(arguments, name)}.")
+    if arguments.temperature <= 0:
+        raise ConfigurationError("--temperature must be above 0; leave out --sample for the most likely token.")
+    if arguments.raw and arguments.system is not None:
+        raise ConfigurationError("--raw continues the prompt itself, where there is no place for --system.")
+    if not arguments.assistant:
+        needing = [
+            f"--{field.name.replace('_', '-')}"
+            for field in fields(Arguments)
+            if field.name in ("threshold", "deferral_rate", "router", "combiner")
+            and getattr(arguments, field.name) != field.default
+        ]
+        if needing:
+            raise ConfigurationError(f"{needing[0]} needs an --assistant; without one the base writes alone.")
+
+
 def read_prompts(arguments: Arguments) -> list[list[dict[str, str]]]:
     """The prompts as chats (lists of messages)."""
     lines = list(arguments.prompt)
     if arguments.file is not None and arguments.file != "-":
         try:
-            lines += Path(arguments.file).read_text().splitlines()
+            lines += Path(arguments.file).read_text(encoding="utf-8").split("\n")
         except OSError as error:
             raise DataFormatError(f'--file "{arguments.file}" cannot be read: {error.strerror}.') from error
+        except UnicodeDecodeError as error:
+            raise DataFormatError(f'--file "{arguments.file}" is not UTF-8: {error}.') from error
     elif arguments.file == "-" or not lines:
-        lines += sys.stdin.read().splitlines()
+        lines += sys.stdin.read().split("\n")
     chats = [_chat(line) for line in lines if line.strip()]
     system = [] if arguments.system is None else [{"role": "system", "content": arguments.system}]
     return [chat if chat[0]["role"] == "system" else [*system, *chat] for chat in chats]
@@ -110,11 +132,18 @@ def _chat(line: str) -> list[dict[str, str]]:
         row = json.loads(line)
     except json.JSONDecodeError:
         return [{"role": "user", "content": line}]
-    if "messages" in row:
-        return row["messages"]
-    if "prompt" in row:
-        return [{"role": "user", "content": row["prompt"]}]
-    raise DataFormatError(f'A JSON line needs "prompt" or "messages"; this one has {", ".join(row)}: {line[:80]}')
+    if "messages" not in row and "prompt" not in row:
+        raise DataFormatError(f'A JSON line needs "prompt" or "messages"; this one has {", ".join(row)}: {line[:80]}')
+    chat = row["messages"] if "messages" in row else [{"role": "user", "content": row["prompt"]}]
+    if not isinstance(chat, list) or not chat or not all(_is_message(message) for message in chat):
+        raise DataFormatError(
+            f'"prompt" must be a text, "messages" a list of {{"role": ..., "content": ...}}, both texts: {line[:80]}'
+        )
+    return chat
+
+
+def _is_message(message: Any) -> bool:
+    return isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
 
 
 def load(arguments: Arguments) -> tuple[Any, list[Any], Any]:
@@ -123,7 +152,7 @@ def load(arguments: Arguments) -> tuple[Any, list[Any], Any]:
     from transformers import AutoModelForCausalLM
 
     import collm
-    from collm.data.tokenizers import load_tokenizer
+    from collm.data.tokenizers import checkpoint_tokenizer
 
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = collm.CoLLMForCausalLM.from_pretrained(
@@ -135,7 +164,8 @@ def load(arguments: Arguments) -> tuple[Any, list[Any], Any]:
             assistants.append(AutoModelForCausalLM.from_pretrained(name, dtype=arguments.dtype))
         except (OSError, ValueError) as error:
             raise ConfigurationError(f'--assistant "{name}" cannot be loaded: {str(error).splitlines()[0]}') from error
-    return model.eval().to(device), [m.eval().to(device) for m in assistants], load_tokenizer(arguments.checkpoint)
+    tokenizer = checkpoint_tokenizer(arguments.checkpoint, model.config.deferral.base_model)
+    return model.eval().to(device), [m.eval().to(device) for m in assistants], tokenizer
 
 
 def generate(arguments: Arguments, model: Any, assistants: list[Any], tokenizer: Any, chats: list) -> list[dict]:
@@ -178,6 +208,11 @@ def encode(arguments: Arguments, tokenizer: Any, chats: list) -> Any:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if arguments.raw or not tokenizer.chat_template:
+        if any(len(chat) > 1 for chat in chats):
+            raise ConfigurationError(
+                "a system prompt or an earlier turn needs a chat template"
+                + (": leave out --raw." if arguments.raw else f', and "{arguments.checkpoint}" has none.')
+            )
         return tokenizer([chat[-1]["content"] for chat in chats], return_tensors="pt", padding=True)
     return tokenizer.apply_chat_template(
         chats, add_generation_prompt=True, return_tensors="pt", return_dict=True, padding=True

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from collm.errors import ConfigurationError, UnsupportedModelError
+from collm.errors import ConfigurationError, UnsupportedModelError, did_you_mean
 
 if TYPE_CHECKING:
     from collm.engines.session import Engine
@@ -85,17 +85,28 @@ class Arguments:
         default_factory=list,
         metadata={"help": "GPUs (or CPU cores), one entry for each local assistant", "action": "extend"},
     )
-    log_level: str = field(default="info", metadata={"help": "of the HTTP server"})
+    log_level: Literal["critical", "error", "warning", "info", "debug", "trace"] = field(
+        default="info", metadata={"help": "of the HTTP server"}
+    )
+
+    def __post_init__(self) -> None:
+        for name, least in {"max_running": 1, "max_waiting": 0, "max_tokens": 1, "max_model_len": 1}.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ConfigurationError(f"--{name.replace('_', '-')} must be at least {least}; got {value}.")
+        if self.threshold is not None and not -1 <= self.threshold <= 1:
+            raise ConfigurationError(f"--threshold is a probability, or negative for always; got {self.threshold:g}.")
 
 
 def run(arguments: Arguments) -> int:
     """Start the engines, then listen until SIGTERM or Ctrl-C; running answers are finished first."""
     import uvicorn
 
-    from collm.serving.app import create_app
+    from collm.serving.app import check_keys, create_app
 
-    service = build_service(arguments)
     keys = [*arguments.api_key, *filter(None, [os.environ.get("COLLM_API_KEY")])]
+    check_keys(keys)
+    service = build_service(arguments)
     if arguments.host not in ("127.0.0.1", "localhost", "::1") and not keys:
         print(
             f"warning: listening on {arguments.host} without --api-key: anybody who reaches it may use it", flush=True
@@ -119,13 +130,12 @@ def build_service(arguments: Arguments) -> Service:
         ConfigurationError: arguments that contradict each other or the checkpoint.
         TokenizerMismatchError: an assistant does not share the base's tokenizer.
     """
-    from transformers import AutoConfig
-
+    from collm.checkpoints import read_config
     from collm.configuration import DeferralConfig
     from collm.data.tokenizers import check_same_tokenizer, checkpoint_tokenizer, load_tokenizer
     from collm.serving.service import Limits, Service
 
-    config = AutoConfig.from_pretrained(arguments.model)
+    config = read_config(arguments.model, {})[0]
     if getattr(config, "deferral", None) is None:
         raise ConfigurationError(
             f'"{arguments.model}" has no deferral head. Train one (`collm train`), or make one with '
@@ -174,12 +184,20 @@ def end_of_sequence(tokenizer: Any, *models: str | None) -> frozenset[int]:
 
 def _engines(arguments: Arguments, assistants: list[str], tokenizer: Any) -> tuple[Engine, list[Engine]]:
     """The base's engine and the assistants', each on its own devices."""
+    import torch
+
     kind = choose_engine(arguments.engine)
     local = [name for name in assistants if not _is_url(name)]
     if arguments.assistant_devices and len(arguments.assistant_devices) != len(local):
         raise ConfigurationError(
             f"--assistant-devices has {len(arguments.assistant_devices)} entries for {len(local)}."
         )
+    if (
+        kind == "transformers"
+        and not torch.cuda.is_available()
+        and (arguments.base_devices or arguments.assistant_devices)
+    ):
+        raise ConfigurationError("the transformers engine binds no CPU cores: leave out the devices, or use taskset.")
     options = engine_options(arguments.engine_args)
     helper_options = engine_options(arguments.assistant_engine_args, "assistant")
     devices: list[str | None] = [None] * (1 + len(local))
@@ -202,16 +220,20 @@ def start_engine(kind: str, arguments: Arguments, model: str, options: dict[str,
     if kind == "transformers":
         from collm.engines.transformers import TransformersEngine
 
-        return TransformersEngine.load(model, max_length=arguments.max_model_len, dtype=arguments.dtype, **options)
+        known = ("name", "max_length", "dtype", "device")
+        for option in options:
+            if option not in known:
+                raise ConfigurationError(
+                    f'the transformers engine has no argument "{option}".{did_you_mean(option, known)} '
+                    f"It takes {', '.join(known)}."
+                )
+        defaults = {"max_length": arguments.max_model_len, "dtype": arguments.dtype, "device": place.device()}
+        return TransformersEngine.load(model, **{**defaults, **options})
     with place.environment() as share:
         from collm.engines.vllm import VLLMEngine
 
-        defaults = {
-            "dtype": arguments.dtype,
-            "max_model_len": arguments.max_model_len,
-            "max_num_seqs": arguments.max_running,
-        }
-        return VLLMEngine(model, **{**defaults, **share, **options})
+        limits = {"max_model_len": arguments.max_model_len, "max_num_seqs": arguments.max_running}
+        return VLLMEngine(model, **{"dtype": arguments.dtype, **limits, **share, **options})
 
 
 def _remote(arguments: Arguments, url: str, tokenizer: Any, model: str | None) -> Engine:
@@ -239,6 +261,20 @@ class Place:
 
     devices: str | None
     engines: int
+
+    def device(self) -> str:
+        """For an engine in this process.
+
+        Raises:
+            ConfigurationError: several GPUs for one model.
+        """
+        import torch
+
+        if not torch.cuda.is_available():
+            return "cpu"
+        if self.devices is not None and not self.devices.isdecimal():
+            raise ConfigurationError(f'a model in transformers goes on one GPU; "{self.devices}" is not one.')
+        return "cuda" if self.devices is None else f"cuda:{self.devices}"
 
     @contextmanager
     def environment(self) -> Iterator[dict[str, Any]]:

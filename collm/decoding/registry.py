@@ -5,11 +5,18 @@ from __future__ import annotations
 import functools
 import inspect
 import json
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from collm.errors import ConfigurationError, did_you_mean
 
+# What a parameter's annotation asks of its value; other parameters are models, or the user's own affair.
+KINDS: dict[Any, tuple[str, tuple[type, ...]]] = {
+    float: ("a number", (int, float)),
+    int: ("a whole number", (int,)),
+    str: ("a text", (str,)),
+}
 Spec = str | Mapping[str, Any] | Callable[..., Any]
 
 
@@ -23,7 +30,7 @@ def parse_spec(kind: str, spec: Spec, registry: Mapping[str, Callable[..., Any]]
         registry (`dict[str, Callable]`): the functions by name.
 
     Raises:
-        [`ConfigurationError`]: an unknown name or parameter, or a parameter that is missing.
+        [`ConfigurationError`]: an unknown name or parameter, a parameter that is missing, or a value of another kind.
     """
     if callable(spec):
         return spec, {}
@@ -31,13 +38,13 @@ def parse_spec(kind: str, spec: Spec, registry: Mapping[str, Callable[..., Any]]
         spec = _from_string(kind, spec)
     parameters = dict(spec)
     name = parameters.pop("name", None)
-    if name not in registry:
+    if not isinstance(name, str) or name not in registry:
         raise ConfigurationError(
             f'There is no {kind} "{name}".{did_you_mean(str(name), registry)} Available: {", ".join(registry)}; '
             "or pass a callable."
         )
     function = registry[name]
-    known = list(inspect.signature(function).parameters.values())[1:]
+    known = list(inspect.signature(function, eval_str=True).parameters.values())[1:]
     names = [p.name for p in known]
     for given in parameters:
         if given not in names:
@@ -49,7 +56,23 @@ def parse_spec(kind: str, spec: Spec, registry: Mapping[str, Callable[..., Any]]
     if missing:
         example = {"name": name, **dict.fromkeys(missing, "...")}
         raise ConfigurationError(f'The {kind} "{name}" needs {", ".join(missing)}: for example {json.dumps(example)}.')
+    for parameter in known:
+        if parameter.name in parameters:
+            _check_value(kind, name, parameter, parameters[parameter.name])
     return function, parameters
+
+
+def _check_value(kind: str, name: str, parameter: inspect.Parameter, value: Any) -> None:
+    wanted = KINDS.get(parameter.annotation)
+    if wanted is None:
+        return
+    described, types = wanted
+    if (
+        not isinstance(value, types)
+        or isinstance(value, bool)
+        or (isinstance(value, float) and not math.isfinite(value))
+    ):
+        raise ConfigurationError(f'{parameter.name} of the {kind} "{name}" must be {described}, not {value!r}.')
 
 
 def bind(function: Callable[..., Any], parameters: Mapping[str, Any]) -> Callable[..., Any]:

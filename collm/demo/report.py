@@ -12,7 +12,7 @@ from .pipeline import Result
 
 WHAT = (
     "The base reads and writes word problems but cannot calculate: in all the text it was pretrained on, results were "
-    "random. The assistant, of the same size, calculates but cannot read or write: it was pretrained on equations "
+    "random. The assistant calculates but cannot read or write: it was pretrained on equations "
     "among words in no order. Both were trained from random weights a few minutes ago."
 )
 HOW = (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import random
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
@@ -84,7 +85,7 @@ class Asked:
     seconds: float
     tokens_read: int
     error: Exception | None = None
-    refused: bool = False  # it was not asked at all: `available` said no
+    asked: bool = True  # else `available` said no
 
 
 async def collaborate(
@@ -158,7 +159,7 @@ async def collaborate(
                     token, missed = await helper(k).write(tokens)
             except (AssistantError, TimeoutError) as error:
                 failure = _failure(error, k, assistant_timeout)
-                observe(Asked(k, time.perf_counter() - start, 0, failure, refused=not asked))
+                observe(Asked(k, time.perf_counter() - start, 0, failure, asked))
                 if request.on_assistant_error == "error":
                     raise failure from None
                 alone = True
@@ -224,6 +225,7 @@ class Decider:
         self.request = request
         self.router: Router = resolve_router(request.router)
         self.state: torch.Tensor | None = None
+        self.seed = random.getrandbits(63) if request.sampling.seed is None else request.sampling.seed
         self.gate, self.inside = gate_of(self.router, request.threshold)
         self.asks = self.gate is not None or not self.inside
 
@@ -256,7 +258,7 @@ class Decider:
             writer_probs=probs,
             threshold=self.request.threshold,
             step=torch.tensor([step]),
-            uniform=torch.tensor([uniform(self.request.sampling.seed or 0, 0, step)], dtype=torch.float64),
+            uniform=torch.tensor([uniform(self.seed, 0, step)], dtype=torch.float64),
             state=self.state,
         )
         writers, self.state = route(self.router, context)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 
-from collm.errors import AssistantError
+from collm.errors import AssistantError, AssistantRefusal
 
 from .session import Gate, Piece, Sampling, Tokens
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 RETRIED_STATUS = {408, 409, 425, 429, 500, 502, 503, 504}
+REFUSALS = {400, 413, 422}  # about the request, not about the server
 FIRST_PAUSE = 0.1  # seconds before the first retry; doubles
 
 
@@ -33,7 +34,7 @@ class HTTPEngine:
         tokenizer (`PreTrainedTokenizerBase`): the base's, which the assistant shares.
         model (`str`, *optional*): the server's name of the model; its first one by default.
         api_key (`str`, *optional*): sent as a bearer token.
-        name (`str`, *optional*): for logs and metrics; the URL by default.
+        name (`str`, *optional*): for logs and metrics; by default the URL, without a user and password in it.
         token_ids (`bool`, *optional*, defaults to `True`): whether the server takes and returns token ids.
         timeout (`float`, *optional*, defaults to 30.0): seconds for one attempt.
         retries (`int`, *optional*, defaults to 2): further attempts after a lost connection, 429 or 5xx.
@@ -56,7 +57,7 @@ class HTTPEngine:
     ):
         root = url.rstrip("/")
         self.url = root if root.endswith("/v1") else root + "/v1"
-        self.name = name or root
+        self.name = name or str(httpx.URL(root).copy_with(userinfo=b""))
         self.model = model
         self.tokenizer = tokenizer
         self.token_ids = token_ids
@@ -100,7 +101,8 @@ class HTTPEngine:
         """The first choice of a completion.
 
         Raises:
-            AssistantError: no answer after all attempts, a refusal, or an answer of another shape.
+            AssistantRefusal: the server does not take this request.
+            AssistantError: no answer after all attempts, or an answer of another shape.
         """
         answer = await self._send("POST", "/completions", {"model": await self.model_name(), **body})
         choices = answer.get("choices")
@@ -120,9 +122,14 @@ class HTTPEngine:
                     if not isinstance(answer, dict):
                         raise AssistantError(f"{self.name} answered {path} with something that is not an object.")
                     return answer
-                problem = f"status {response.status_code}: {response.text[:300]}"
-                if response.status_code not in RETRIED_STATUS:
+                status = response.status_code
+                problem = f"status {status}: {response.text[:300]}"
+                if status in REFUSALS:
+                    raise AssistantRefusal(f"{self.name} refuses: {problem}")
+                if status not in RETRIED_STATUS:
                     break
+            except AssistantError:  # a ValueError too
+                raise
             except httpx.HTTPError as error:
                 problem = f"{type(error).__name__} {error}".strip()
             except ValueError as error:
@@ -184,7 +191,7 @@ class HTTPSession(Tokens):
             return int(tokenizer.eos_token_id)
         ids = tokenizer.encode(text, add_special_tokens=False)
         if len(ids) != 1:
-            raise AssistantError(
+            raise AssistantRefusal(
                 f"{self._engine.name} wrote {text!r}, which is {len(ids)} tokens of the base, not one."
             )
         return ids[0]

@@ -33,7 +33,7 @@ from collm.decoding.sampling import TOKEN, gumbel, noise_key
 from collm.errors import AssistantError
 from collm.losses import deferral_probabilities, uncertainty_features
 
-from .session import Gate, Piece, Sampling, Tokens
+from .session import MAX_LOGIT, Gate, Piece, Sampling, Tokens
 
 DEFAULT_MAX_LENGTH = 4096  # where the checkpoint does not say
 MAX_BATCH = 64  # sessions in one forward
@@ -228,7 +228,8 @@ class TransformersSession(Tokens):
 
 def _score(router: str, logits: Tensor, d: float) -> float:
     if router == "learned":
-        return float(torch.logit(torch.tensor(d, dtype=torch.float64)))
+        logit = float(torch.logit(torch.tensor(d, dtype=torch.float64)))
+        return min(max(logit, -MAX_LOGIT), MAX_LOGIT)  # within the cuts of "always" and "never"
     uncertainty = uncertainty_features(logits)[0]
     return float(uncertainty[0] if router == "entropy" else 1 - uncertainty[2])
 

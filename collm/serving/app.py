@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import json
+import logging
 import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
@@ -22,7 +23,7 @@ from collm import __version__
 from collm.decoding.routers import resolve_router
 from collm.engines.collaboration import Request, gate_of
 from collm.engines.session import Sampling
-from collm.errors import AssistantError, CoLLMError
+from collm.errors import AssistantError, CoLLMError, ConfigurationError
 
 from .metrics import Metrics
 from .schema import (
@@ -37,7 +38,10 @@ from .schema import (
 )
 from .service import Answer, BusyError, Delta, Service, UnknownModelError
 
+logger = logging.getLogger(__name__)
+
 STREAM = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+UNEXPECTED = "the server failed; its log says how"
 CLIENT_LEFT = 499  # as in nginx's log; nobody receives it
 ANSWER = {"description": "the answer; with `stream`, server-sent events", "content": {"text/event-stream": {}}}
 ERRORS: dict[int | str, dict[str, Any]] = {
@@ -62,11 +66,15 @@ def create_app(
         api_keys (`Sequence[str]`, *optional*): any of them opens `/v1`, `/tokenize` and `/detokenize`; none: no check.
         max_body_bytes (`int`): largest request body.
         cors_origins (`Sequence[str]`, *optional*): origins whose browsers may call; none by default.
+
+    Raises:
+        ConfigurationError: a blank key, which would let in who sends none.
     """
+    check_keys(api_keys)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        await service.health()  # learns the limits of assistants behind URLs, where they answer already
+        await service.health(patience=None)  # learns the limits of assistants behind URLs, where they answer already
         yield
         await service.close()
 
@@ -76,7 +84,7 @@ def create_app(
     app.add_middleware(CountRequests, metrics=service.metrics)
     if cors_origins:
         app.add_middleware(CORSMiddleware, allow_origins=list(cors_origins), allow_methods=["*"], allow_headers=["*"])
-    _add_error_handlers(app)
+    _add_error_handlers(app, service.metrics)
 
     def authorised(request: HTTPRequest) -> None:
         given = request.headers.get("authorization", "").removeprefix("Bearer ").encode()
@@ -101,34 +109,51 @@ def create_app(
 
     @app.post("/v1/completions", **answering)
     async def completions(body: CompletionRequest, http: HTTPRequest) -> Response:
-        requests = [
-            request
-            for prompt in body.prompts()
-            for request in _answers(service, body, _ids(service, prompt), body.max_tokens, _own_prompts(service, body))
-        ]
+        service.check_count(len(body.prompts()) * body.n)
+        requests = await asyncio.to_thread(
+            lambda: [
+                request
+                for own in [_own_prompts(service, body)]
+                for prompt in body.prompts()
+                for request in _answers(service, body, _ids(service, prompt), body.max_tokens, own)
+            ]
+        )
         return await _respond(service, body, requests, http, CompletionShape(body, service))
 
     @app.post("/v1/chat/completions", **answering)
     async def chat_completions(body: ChatCompletionRequest, http: HTTPRequest) -> Response:
-        prompt = _chat_ids(service, body.messages)
+        service.check_count(body.n)
+        prompt = await asyncio.to_thread(_chat_ids, service, body.messages)
+        own = await asyncio.to_thread(_own_system_prompts, service, body)
         limit = body.max_completion_tokens or body.max_tokens
-        requests = _answers(service, body, prompt, limit, _own_system_prompts(service, body))
+        requests = _answers(service, body, prompt, limit, own)
         return await _respond(service, body, requests, http, ChatShape(body, service))
 
     @app.post("/tokenize", **guarded)
     async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
         if body.messages is not None:
-            ids = _chat_ids(service, body.messages, body.add_generation_prompt)
+            ids = await asyncio.to_thread(_chat_ids, service, body.messages, body.add_generation_prompt)
         else:
-            ids = service.tokenizer.encode(body.prompt, add_special_tokens=body.add_special_tokens)
+            ids = await asyncio.to_thread(
+                service.tokenizer.encode, body.prompt, add_special_tokens=body.add_special_tokens
+            )
         return {"tokens": ids, "count": len(ids), "max_model_len": service.max_length}
 
     @app.post("/detokenize", **guarded)
     async def detokenize(body: DetokenizeRequest) -> dict[str, Any]:
         _check_ids(service, body.tokens)
-        return {"prompt": service.tokenizer.decode(body.tokens)}
+        return {"prompt": await asyncio.to_thread(service.tokenizer.decode, body.tokens)}
 
     return app
+
+
+def check_keys(api_keys: Sequence[str]) -> None:
+    """
+    Raises:
+        ConfigurationError: a blank key, which would let in who sends none.
+    """
+    if any(not key.strip() for key in api_keys):
+        raise ConfigurationError("an API key is empty, and would let everybody in: is the variable it comes from set?")
 
 
 # ---------------------------------------------------------------------------------------------- from body to requests
@@ -406,9 +431,11 @@ async def _events(
             if delta is None:
                 open_streams -= 1
             elif isinstance(delta, BaseException):
-                if not isinstance(delta, CoLLMError):
-                    raise delta
-                yield _event({"error": _error_body(delta, 502)})
+                if isinstance(delta, CoLLMError):
+                    yield _event({"error": _error_body(delta, 502)})
+                else:
+                    logger.error("an answer failed", exc_info=delta)
+                    yield _event({"error": _error_body(UNEXPECTED, 500)})
                 break
             else:
                 answers[index].add(delta)
@@ -462,7 +489,7 @@ def _error(error: Exception | str, status: int, param: str | None = None, header
     return JSON({"error": _error_body(error, status, param)}, status, headers)
 
 
-def _add_error_handlers(app: FastAPI) -> None:
+def _add_error_handlers(app: FastAPI, metrics: Metrics) -> None:
     @app.exception_handler(RequestValidationError)
     async def invalid(_: HTTPRequest, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
@@ -473,12 +500,22 @@ def _add_error_handlers(app: FastAPI) -> None:
     async def ours(_: HTTPRequest, error: CoLLMError) -> JSONResponse:
         if isinstance(error, BusyError):
             return _error(error, 429, headers={"Retry-After": str(error.retry_after)})
-        statuses = {UnknownModelError: 404, AssistantError: 502}
-        return _error(error, statuses.get(type(error), 400))
+        if isinstance(error, AssistantError):
+            return _error(error, 502)
+        return _error(error, 404 if isinstance(error, UnknownModelError) else 400)
 
     @app.exception_handler(StarletteHTTPException)
     async def http(_: HTTPRequest, error: StarletteHTTPException) -> JSONResponse:
         return _error(error.detail, error.status_code, headers=error.headers)
+
+    @app.exception_handler(Exception)  # starlette raises it again afterwards, so that it is logged
+    async def unexpected(request: HTTPRequest, error: Exception) -> JSONResponse:
+        metrics.requests.labels(_route(request.scope), "500").inc()  # it is answered outside of `CountRequests`
+        return _error(UNEXPECTED, 500)
+
+
+def _route(scope: Any) -> str:
+    return getattr(scope.get("route"), "path", "other")
 
 
 class BodyLimit:
@@ -518,8 +555,7 @@ class CountRequests:
     async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
         async def counted(message: dict) -> None:
             if message["type"] == "http.response.start":
-                route = getattr(scope.get("route"), "path", "other")
-                self.metrics.requests.labels(route, str(message["status"])).inc()
+                self.metrics.requests.labels(_route(scope), str(message["status"])).inc()
             await send(message)
 
         await self.app(scope, receive, counted if scope["type"] == "http" else send)

@@ -84,6 +84,16 @@ class AnswerRequest(BaseModel):
                 raise ValueError(f"keys are token ids; got {key[:20]!r}")
         return bias
 
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_the_default(cls, body: Any) -> Any:
+        """The OpenAI API takes null for what is not said."""
+        if not isinstance(body, dict):
+            return body
+        return {
+            name: value for name, value in body.items() if value is not None or name in ("model", "prompt", "messages")
+        }
+
     @model_validator(mode="after")
     def _one_threshold(self) -> AnswerRequest:
         if self.threshold is not None and self.deferral_rate is not None:

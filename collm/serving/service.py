@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from collm.configuration import DeferralConfig
 from collm.engines.collaboration import Asked, Request, Written, collaborate
 from collm.engines.session import Engine
-from collm.errors import CoLLMError
+from collm.errors import AssistantRefusal, CoLLMError
 
 from .breaker import CircuitBreaker
 from .metrics import Metrics
@@ -126,6 +126,7 @@ class Service:
         self.admitted = 0
         self._slots = asyncio.Semaphore(self.limits.max_running)
         self._seconds_per_answer = 1.0
+        self._probes: dict[int, asyncio.Task[bool]] = {}
 
     # ------------------------------------------------------------------------------------------------- thresholds
 
@@ -166,6 +167,16 @@ class Service:
         """Longest prompt and answer together."""
         return min(engine.max_length for engine in [self.base, *self.assistants])
 
+    def check_count(self, answers: int) -> None:
+        """Refuse what could not be admitted even if nothing else were asked.
+
+        Raises:
+            CoLLMError: more answers than there are places.
+        """
+        places = self.limits.max_running + self.limits.max_waiting
+        if answers > places:
+            raise CoLLMError(f"the request asks for {answers} answers; this server takes {places} at once.")
+
     def admit(self, answers: int) -> None:
         """Take places for `answers` answers; give each back with `leave`.
 
@@ -205,7 +216,8 @@ class Service:
         Raises:
             AssistantError: an engine failed and the request does not fall back.
         """
-        detokenizer, stopper = Detokenizer(self.tokenizer, skip_special_tokens), StopStrings(stops)
+        detokenizer = Detokenizer(self.tokenizer, skip_special_tokens, request.prompt_ids)
+        stopper = StopStrings(stops)
         written = deferred = 0
         start = time.perf_counter()
         handing_off = 0.0
@@ -275,7 +287,9 @@ class Service:
             self.metrics.handoff.labels(name).observe(asked.seconds)
             self.metrics.engine_time.labels(name).inc(asked.seconds)
         else:
-            if not asked.refused:
+            if isinstance(asked.error, AssistantRefusal):
+                breaker.success()  # it is there: what it would not do is the request's affair
+            elif asked.asked:
                 breaker.failure()
             self.metrics.assistant_errors.labels(name).inc()
         self.metrics.breaker_open.labels(name).set(breaker.is_open)
@@ -296,9 +310,18 @@ class Service:
 
     # ------------------------------------------------------------------------------------------------------ health
 
-    async def health(self) -> dict[str, Any]:
-        """Whether the base can answer, and which assistants are asked at present."""
-        await asyncio.gather(*[engine.healthy() for engine in self.assistants])
+    async def health(self, patience: float | None = 1.0) -> dict[str, Any]:
+        """Whether the base can answer, and which assistants are asked at present.
+
+        Args:
+            patience (`float`, *optional*): seconds for the assistants to say that they are there, which tells their
+                limits; `None`: until each has answered or failed. A slow assistant does not make the base ill.
+        """
+        for k, engine in enumerate(self.assistants):
+            if k not in self._probes or self._probes[k].done():
+                self._probes[k] = asyncio.create_task(engine.healthy())
+        if self._probes:
+            await asyncio.wait(self._probes.values(), timeout=patience)
         return {
             "status": "ok" if await self.base.healthy() else "base engine is down",
             "assistants": {
@@ -308,5 +331,8 @@ class Service:
         }
 
     async def close(self) -> None:
+        for probe in self._probes.values():
+            probe.cancel()
+        await asyncio.gather(*self._probes.values(), return_exceptions=True)
         for engine in [self.base, *self.assistants]:
             await engine.close()

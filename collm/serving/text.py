@@ -8,20 +8,34 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+CONTEXT = 6  # tokens of the prompt
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # what decoding half a character ends in
 
 
 class Detokenizer:
-    """Text of a growing list of tokens; never half a character, and no token is decoded more than a few times."""
+    """
+    Text of a growing list of tokens; never half a character, and no token is decoded more than a few times.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, skip_special_tokens: bool = True):
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): the base's.
+        skip_special_tokens (`bool`, *optional*, defaults to `True`): as in `decode`.
+        prompt_ids (`list[int]`, *optional*): what the tokens continue. SentencePiece drops the space in front of a
+            text's first token.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, skip_special_tokens: bool = True, prompt_ids: Sequence[int] = ()
+    ):
         self.tokenizer, self.skip = tokenizer, skip_special_tokens
-        self.ids: list[int] = []
-        self.start = self.read = 0  # text of [start, read) was returned before; it is the context of what follows
+        self.ids: list[int] = list(prompt_ids[-CONTEXT:])
+        # Text of [start, read) was returned before, or is the prompt's: the context of what follows.
+        self.start, self.read = 0, len(self.ids)
 
     def add(self, token_ids: Sequence[int], final: bool = False) -> str:
         """The text that these tokens add; with `final`, half characters too."""
         self.ids.extend(token_ids)
+        if self.read == len(self.ids):
+            return ""
         before = self._decode(self.ids[self.start : self.read])
         text = self._decode(self.ids[self.start :])
         if text.endswith(INCOMPLETE) and not final:

@@ -8,6 +8,7 @@ import json
 import pytest
 
 from collm.cli import main
+from collm.commands.generate import Arguments, read_prompts
 from tests.conftest import save_plain, tiny_collm, tiny_model
 
 
@@ -66,6 +67,13 @@ def test_options_reach_generate(pair, capsys):
         (["--deferral_rate", "0.2"], "collm calibrate"),
         (["--file", "/nowhere/prompts.txt"], "cannot be read"),
         (["--treshold", "0.5"], 'Did you mean "--threshold"'),
+        (["--batch-size", "0"], "--batch-size must be at least 1"),
+        (["--sample", "--temperature", "0"], "--temperature must be above 0"),
+        (["--raw", "--system", "w2"], "no place for --system"),
+        (["--router", "entropy:cut=abc"], "cut of the router \"entropy\" must be a number, not 'abc'"),
+        (["--router", '{"name": []}'], "There is no router"),
+        (["--router", "entropy:cut=NaN"], "must be a number"),
+        (["--router", "scheduled:steps=1.5"], "must be a whole number"),
     ],
 )
 def test_errors_are_one_line_and_exit_code_2(pair, options, message, capsys):
@@ -78,3 +86,29 @@ def test_errors_are_one_line_and_exit_code_2(pair, options, message, capsys):
 def test_a_missing_assistant_is_named(pair, capsys):
     assert main(["generate", pair[0], "--assistant", "/nowhere/model", "w1"]) == 2
     assert "/nowhere/model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"prompt": 5}', "must be a text"),
+        (b'{"messages": []}', "must be a text"),
+        (b'{"messages": [{"role": "user"}]}', "must be a text"),
+        ("déjà".encode("latin-1"), "not UTF-8"),
+    ],
+)
+def test_prompts_that_are_none_are_named(pair, tmp_path, content, message, capsys):
+    (tmp_path / "prompts").write_bytes(content)
+    assert main(["generate", *pair, "--file", str(tmp_path / "prompts")]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_only_a_line_feed_ends_a_prompt(tmp_path):
+    (tmp_path / "prompts").write_text('{"prompt": "first\u2028second\u0085third"}\r\nw1\n', encoding="utf-8")
+    chats = read_prompts(Arguments("checkpoint", file=str(tmp_path / "prompts")))
+    assert [chat[0]["content"] for chat in chats] == ["first\u2028second\u0085third", "w1"]
+
+
+def test_without_an_assistant_nothing_is_asked_for_one(pair, capsys):
+    assert main(["generate", pair[0], "w1", "--deferral-rate", "0.2"]) == 2
+    assert "--deferral-rate needs an --assistant" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
 import time
@@ -13,11 +14,14 @@ import openai
 import pytest
 import torch
 
+from collm.engines.http import HTTPEngine
 from collm.engines.transformers import TransformersEngine
+from collm.errors import ConfigurationError
+from collm.serving.app import create_app
 from collm.serving.service import Limits
 from tests.conftest import tiny_model, tiny_tokenizer
 from tests.engines.oracle import oracle
-from tests.serving.running import running
+from tests.serving.running import make_service, running
 
 PROMPT = "w1 w2 3 + 4 ="
 
@@ -358,6 +362,75 @@ def test_error_policy_fallback_policy_breaker_and_recovery(prefetch):
         time.sleep(max(0.0, breaker.next_trial - time.monotonic()))
         assert client.completions.create(**arguments).choices[0].text == healthy.choices[0].text
         assert not breaker.is_open
+
+
+def test_a_blank_key_opens_nothing():
+    with pytest.raises(ConfigurationError, match="empty"):
+        create_app(make_service()[0], ["", "key"])
+
+
+def test_a_users_mistake_about_a_remote_assistant_does_not_shut_it_off():
+    with running(threshold=1.0) as remote:
+        helper = HTTPEngine(remote.url.replace("http://", "http://me:secret@"), tiny_tokenizer())
+        with running(helpers=[helper]) as server:
+            completions = server.url + "/v1/completions"
+            good = {"model": "tiny@-1", "prompt": [5, 6], "max_tokens": 3, "temperature": 0}
+            assert httpx.post(completions, json=good).is_success
+            helper.vocab_size = server.service.vocab_size = 10**6  # so that the token is refused behind us, not by us
+            for _ in range(4):
+                refused = httpx.post(completions, json={**good, "logit_bias": {"99999": 1}})
+                assert refused.status_code == 502
+                assert "not in the vocabulary" in refused.text
+            assert httpx.post(completions, json=good).is_success
+            pages = [httpx.get(server.url + path).text for path in ("/health", "/metrics", "/v1/models")]
+            assert all("secret" not in page and "127.0.0.1" in page for page in pages)
+
+
+def test_health_does_not_wait_for_a_slow_assistant():
+    class Hanging(TransformersEngine):
+        asked = 0
+
+        async def healthy(self):
+            self.asked += 1
+            if self.asked > 1:  # behind the one at the start
+                await asyncio.sleep(60)
+            return True
+
+    helper = Hanging(tiny_model(seed=1), "hanging")
+    with running(helpers=[helper]) as server:
+        for _ in range(2):
+            assert httpx.get(server.url + "/health", timeout=5).json()["status"] == "ok"
+        assert helper.asked == 2  # one at a time
+
+
+def test_without_a_seed_answers_are_independent():
+    with running() as server, client_of(server) as client:
+        body = {"router": "random:rate=0.5", "return_source": True, "ignore_eos": True}
+        answer = client.completions.create(model="tiny", prompt=[5, 6], max_tokens=24, n=4, extra_body=body)
+    assert len({tuple(choice.source) for choice in answer.choices}) == 4
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_failure_of_the_server_is_said_in_the_apis_shape(stream, monkeypatch):
+    with running() as server:
+        monkeypatch.setattr(server.service, "_delta", lambda *_: 1 / 0)
+        body = {"model": "tiny", "prompt": [5, 6], "stream": stream}
+        answer = httpx.post(server.url + "/v1/completions", json=body)
+        error = json.loads(answer.text.removeprefix("data: ").split("\n")[0])["error"]
+        assert (error["code"], "division" in error["message"]) == (500, False)
+        counted = f'route="/v1/completions",status="{200 if stream else 500}"'
+        assert counted in httpx.get(server.url + "/metrics").text
+
+
+def test_more_answers_than_there_are_places_are_not_put_off():
+    with running(limits=Limits(max_running=2, max_waiting=2)) as server:
+        answer = httpx.post(server.url + "/v1/completions", json={"model": "tiny", "prompt": [5], "n": 5})
+        assert (answer.status_code, "4 at once" in answer.text) == (400, True)
+
+
+def test_null_is_what_is_not_said(client):
+    nothing = dict.fromkeys(("temperature", "top_p", "n", "stream", "max_tokens", "seed", "stop"))
+    assert client.completions.create(model="tiny", prompt=[5, 6], extra_body=nothing).usage.completion_tokens <= 16
 
 
 def test_concurrent_requests_do_not_mix(server, client):

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.decoders import Metaspace as MetaspaceDecoder
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Metaspace
+from transformers import PreTrainedTokenizerFast
 
 from collm.serving.breaker import CircuitBreaker
 from collm.serving.text import Detokenizer, StopStrings
@@ -29,6 +34,20 @@ def test_an_answer_that_ends_within_a_character_says_so():
     detokenizer = Detokenizer(Bytes())
     assert detokenizer.add([0xE6]) == ""
     assert detokenizer.add([], final=True) == "\ufffd"
+
+
+@pytest.mark.parametrize("empty", [[], [1], [0, 2]])
+def test_the_space_in_front_of_a_word_stays(empty):
+    """SentencePiece's decoder drops it at the beginning of what it is given."""
+    vocabulary = {"<unk>": 0, "▁The": 1, "▁sum": 2, "▁is": 3, "▁four": 4}
+    tokenizer = Tokenizer(WordLevel(vocabulary, "<unk>"))
+    tokenizer.pre_tokenizer, tokenizer.decoder = Metaspace(), MetaspaceDecoder()
+    detokenizer = Detokenizer(PreTrainedTokenizerFast(tokenizer_object=tokenizer), prompt_ids=[1])
+    text = ""
+    for n, token in enumerate([2, 3, 4]):
+        text += detokenizer.add([]) if n in empty else ""  # a piece without a token: the base falls back
+        text += detokenizer.add([token])
+    assert text + detokenizer.add([], final=True) == " sum is four"
 
 
 @pytest.mark.parametrize("stops", [["END"], ["ND", "END"], ["\n\n"], ["a", "END"], ["aab"]])

@@ -16,7 +16,7 @@ import pytest
 from collm import CoLLMForCausalLM
 from collm.checkpoints import save_head_only
 from collm.commands import serve
-from collm.errors import ConfigurationError, TokenizerMismatchError, UnsupportedModelError
+from collm.errors import CoLLMError, ConfigurationError, TokenizerMismatchError, UnsupportedModelError
 from tests.conftest import save_plain, tiny_collm, tiny_model, tiny_tokenizer
 from tests.engines.oracle import oracle
 
@@ -154,6 +154,32 @@ def test_engines_on_a_cpu_get_cores_of_their_own(monkeypatch):
     with serve.placements([None, None])[1].environment():
         assert os.environ["VLLM_CPU_OMP_THREADS_BIND"] == "2,3"
     assert "VLLM_CPU_OMP_THREADS_BIND" not in os.environ
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"api_key": [""]}, "API key is empty"),
+        ({"engine_args": '{"tensor_parallel_size": 2}'}, 'no argument "tensor_parallel_size"'),
+        ({"base_devices": "0-3"}, "binds no CPU cores"),
+        ({"model": "EMPTY"}, "config.json"),
+    ],
+)
+def test_what_cannot_be_meant_is_said_before_any_model_is_loaded(folders, tmp_path, options, message):
+    (tmp_path / "config.json").write_text("{}")
+    options = {"model": folders[0], "assistant": [folders[1]], "engine": "transformers", **options}
+    if options["model"] == "EMPTY":
+        options["model"] = str(tmp_path)
+    with pytest.raises(CoLLMError, match=message):
+        serve.run(serve.Arguments(**options))
+
+
+@pytest.mark.parametrize(
+    "option", [{"max_running": 0}, {"max_waiting": -1}, {"threshold": 60.0}, {"max_tokens": 0}, {"max_model_len": 0}]
+)
+def test_limits_that_no_request_could_meet_are_refused(option):
+    with pytest.raises(ConfigurationError, match=next(iter(option)).replace("_", "-")):
+        serve.Arguments("model", **option)
 
 
 def test_engine_arguments_must_be_an_object():
