@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -29,6 +28,7 @@ from .modeling import CoLLMForCausalLM, base_class_for, collm_class
 HEAD_FILE = "deferral_head.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 ADAPTER_FILE = "adapter_config.json"
+TRAINING_FILE = "collm_training.json"  # what `collm train` leaves beside a checkpoint
 DEFER_TOKEN = "<|defer|>"
 # Arguments that say where a file lies; everything else in from_pretrained's kwargs is about the model.
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
@@ -188,6 +188,8 @@ def _load_base_of(name: str, config: PreTrainedConfig, hub: dict[str, Any], kwar
     # Revision and subfolder belong to the checkpoint, the rest (token, cache, offline) to both.
     kwargs = {key: value for key, value in kwargs.items() if key not in ("revision", "subfolder")}
     hub = {key: value for key, value in hub.items() if key in kwargs}
+    if os.path.realpath(deferral.base_model) == os.path.realpath(name):
+        raise CheckpointError(f'"{name}" holds only a head or an adapter and names itself as its base.')
     base_config, _ = read_config(deferral.base_model, dict(hub))
     if getattr(base_config, "deferral", None) is None and _paper_defer_row(deferral.base_model, hub) is None:
         base_class = base_class_for(base_config)
@@ -288,15 +290,20 @@ def is_head_only(name: str) -> bool:
 
 
 def check_base_untrained(name: str) -> None:
-    """
+    """Refuse to take the head alone where it would be wrong.
+
     Raises:
-        CheckpointError: the base of the checkpoint `name` was trained too, so that its head alone would be wrong.
+        CheckpointError: the base of the checkpoint `name` was trained too.
     """
     advice = "so that the head alone would be wrong. Take all of it."
-    if _find(name, ADAPTER_FILE, {}):
-        raise CheckpointError(f'"{name}" is an adapter: it changes its base, {advice}')
+    with _checkpoint_errors(name):
+        if _find(name, ADAPTER_FILE, {}):
+            raise CheckpointError(f'"{name}" is an adapter: it changes its base, {advice}')
     file = Path(name, TRAINING_FILE)
-    training = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    try:
+        training = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except ValueError as error:
+        raise CheckpointError(f"{file} is no JSON: {error}") from error
     if training.get("mode", "head") != "head":
         raise CheckpointError(
             f'"{name}" was trained with mode {training["mode"]}: its base differs from {training.get("base_model")}, '

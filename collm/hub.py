@@ -16,7 +16,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from .checkpoints import ADAPTER_FILE, HEAD_FILE
+from .checkpoints import ADAPTER_FILE, HEAD_FILE, TRAINING_FILE, check_base_untrained
 from .configuration import DeferralConfig
 from .errors import CheckpointError, HubError
 
@@ -26,7 +26,6 @@ FILES = (
     "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "*.model", "*.jinja",
 )  # fmt: skip
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
-TRAINING_FILE = "collm_training.json"  # what `collm train` leaves beside a checkpoint
 WRITTEN_BY_COLLM = "<!-- Written by collm from what was run. Delete this line to keep your own changes. -->"
 ACCESS_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{30,}\b")
 
@@ -72,11 +71,8 @@ def push_checkpoint(
     from huggingface_hub import CommitOperationAdd, HfApi
 
     training = read_json(Path(folder, TRAINING_FILE))
-    if head_only and training.get("mode", "head") != "head":
-        raise CheckpointError(
-            f'"{folder}" was trained with mode {training["mode"]}: its base differs from {training.get("base_model")}, '
-            "so that the head alone would be wrong. Push all of it."
-        )
+    if head_only:
+        check_base_untrained(str(folder))
     with tempfile.TemporaryDirectory() as staged:
         files = _stage(Path(folder), Path(staged), head_only, base_model)
         refuse_secrets(files.values(), token)

@@ -106,6 +106,7 @@ class CoLLMForCausalLM(_Mixin):
     # float32 beside a bfloat16 base, and (by the first) left alone by quantisation.
     _keep_in_fp32_modules = ["deferral_head"]
     _keep_in_fp32_modules_strict = ["deferral_head"]
+    accepts_loss_kwargs = True  # num_items_in_batch, whatever the architecture says of its own loss (Gemma 4: no)
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         if type(self) is CoLLMForCausalLM:
@@ -410,7 +411,11 @@ class CoLLMForCausalLM(_Mixin):
             [`TargetScores`]; the logits of all positions never exist at once.
         """
         if labels is None:
-            labels = input_ids if attention_mask is None else input_ids.masked_fill(attention_mask == 0, -100)
+            labels = input_ids
+            if attention_mask is not None:
+                kept = attention_mask != 0
+                kept[:, 1:] &= attention_mask[:, :-1] != 0  # a token behind padding is predicted by nothing
+                labels = input_ids.masked_fill(~kept, -100)
         kwargs.setdefault("use_cache", False)
         with _output_of(self.get_submodule(decoder_path(self))) as decoded:
             super().forward(input_ids, attention_mask=attention_mask, return_dict=True, logits_to_keep=1, **kwargs)
@@ -722,7 +727,8 @@ def lm_head_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
 
     Args:
         model ([`~transformers.PreTrainedModel`]): with or without a deferral head.
-        hidden (`torch.Tensor` of shape `(batch, positions, hidden)`): `last_hidden_state` of `model.base_model`.
+        hidden (`torch.Tensor` of shape `(batch, positions, hidden)`): `last_hidden_state` of the decoder (see
+            [`decoder_path`]).
 
     Returns:
         `torch.Tensor` of shape `(batch, positions, vocabulary)`, in the model's dtype.

@@ -210,6 +210,17 @@ def test_head_only_over_a_base_that_is_a_deferral_checkpoint(full, tmp_path):
     assert_same_outputs(model, CoLLMForCausalLM.from_pretrained(tmp_path / "head"))
 
 
+def test_head_only_over_a_base_that_is_head_only_or_itself(base, tmp_path):
+    inner = randomise_head(CoLLMForCausalLM.from_pretrained(base))
+    save_head_only(inner, tmp_path / "inner")
+    save_head_only(randomise_head(inner, seed=11), tmp_path / "outer")
+    edit_config(tmp_path / "outer", base_model=str(tmp_path / "inner"))
+    assert_same_outputs(inner, CoLLMForCausalLM.from_pretrained(tmp_path / "outer"))
+    edit_config(tmp_path / "outer", base_model=str(tmp_path / "outer"))
+    with pytest.raises(CheckpointError, match="names itself as its base"):
+        CoLLMForCausalLM.from_pretrained(tmp_path / "outer")
+
+
 @pytest.mark.parametrize("shard", ["5GB", "20KB"])
 def test_head_only_becomes_a_full_checkpoint_by_links(tmp_path, shard):
     tiny_model("qwen2").save_pretrained(tmp_path / "base", max_shard_size=shard)

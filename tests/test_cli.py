@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import os
+import signal
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -157,6 +159,9 @@ def test_exit_codes(monkeypatch, capsys):
     assert use(lambda arguments: fail(DataFormatError("row 3 has no prompt"))) == 2
     assert capsys.readouterr().err == "collm try: row 3 has no prompt\n"
     assert use(lambda arguments: fail(KeyboardInterrupt())) == 130
+    with pytest.raises(SystemExit) as ended:  # so that what runs beside it, engines above all, is ended on the way out
+        use(lambda arguments: os.kill(os.getpid(), signal.SIGTERM))
+    assert ended.value.code == 143
     assert use(lambda arguments: fail(FileNotFoundError(2, "No such file or directory", "data"))) == 1
     with pytest.raises(ZeroDivisionError):  # a bug keeps its traceback
         use(lambda arguments: 1 // 0)

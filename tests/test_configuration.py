@@ -28,6 +28,9 @@ def test_attribute_and_entry_are_one():
     assert config["threshold"] == 0.7
     config["threshold"] = 0.8
     assert config.threshold == 0.8
+    config.update(threshold=0.9)
+    config |= {"deferral_cost": 0.2}
+    assert (config.threshold, config["threshold"], config.deferral_cost) == (0.9, 0.9, 0.2)
 
 
 @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda c: pickle.loads(pickle.dumps(c))])

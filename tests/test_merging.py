@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -58,3 +60,24 @@ def test_full_and_head_only_exports_load(tmp_path):
         again = CoLLMForCausalLM.from_pretrained(str(tmp_path / "out"))
         assert torch.equal(again.deferral_head.weight, model.deferral_head.weight)
     assert main(["export", str(tmp_path / "own"), str(tmp_path / "out"), "--merged", "--head-only"]) == 2
+
+
+def test_the_head_alone_is_not_exported_where_the_base_was_trained(tmp_path, capsys):
+    model = tiny_collm()
+    model.config.deferral.base_model = "org/base"
+    save_plain(model, tmp_path / "own")
+    export = ["export", str(tmp_path / "own"), str(tmp_path / "out"), "--head-only"]
+    record = tmp_path / "own" / "collm_training.json"
+    for said, message in (
+        (json.dumps({"mode": "full", "base_model": "org/base"}), "mode full: its base differs from org/base"),
+        ("{", "is no JSON"),
+    ):
+        record.write_text(said)
+        assert main(export) == 2
+        assert message in capsys.readouterr().err
+    record.write_text(json.dumps({"mode": "head"}))
+    assert main(export) == 0
+    (tmp_path / "own" / "adapter_config.json").write_text("{}")
+    assert main(export) == 2
+    assert "is an adapter" in capsys.readouterr().err
+    assert main(["export", str(tmp_path / "nothing"), str(tmp_path / "out"), "--head-only"]) == 2

@@ -11,7 +11,7 @@ import torch
 from conftest import ARCHITECTURES, random_batch, randomise_head, save_plain, tiny_collm, tiny_config, tiny_model
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, Gemma3nForConditionalGeneration, PreTrainedModel
 
 import collm
 from collm import CoLLMForCausalLM, modeling
@@ -232,6 +232,10 @@ def test_without_labels_every_kept_token_but_the_first_is_scored():
     model, batch = tiny_collm(), random_batch()
     scores = model.score_targets(batch["input_ids"], batch["attention_mask"])
     assert len(scores.base_logprobs) == batch["attention_mask"][:, 1:].sum()
+    left = {name: batch[name].flip(-1) for name in ("input_ids", "attention_mask")}
+    assert torch.equal(
+        model.score_targets(**left).index, (left["attention_mask"].cumsum(-1) * left["attention_mask"] > 1).nonzero()
+    )
 
 
 def test_a_decoder_within_the_base_model_is_found():
@@ -327,6 +331,11 @@ def test_the_trainer_keeps_the_scores_columns(tmp_path):
     kept = trainer._remove_unused_columns(rows)
     assert set(kept.column_names) == {"input_ids", "labels", "assistant_logprobs", "assistant_correct"}
     assert trainer.model_accepts_loss_kwargs
+
+
+def test_an_architecture_that_divides_its_own_loss_otherwise_still_gets_the_batchs_targets():
+    assert not Gemma3nForConditionalGeneration.accepts_loss_kwargs
+    assert modeling.collm_class(Gemma3nForConditionalGeneration).accepts_loss_kwargs
 
 
 def test_training_statistics_are_sums_over_targets_since_last_taken():

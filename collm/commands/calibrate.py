@@ -53,6 +53,7 @@ Arguments = (ModelOptions, DataOptions, CalibrateOptions)
 def run(models: ModelOptions, data: DataOptions, options: CalibrateOptions) -> int:
     """Calibrate, save, print the table; the last line on standard output is one JSON object."""
     from collm.errors import CheckpointError, ConfigurationError
+    from collm.evaluation.metrics import get_metric
 
     goals = [name for name in ("target_rate", "metric", "roc") if getattr(options, name)]
     if len(goals) > 1:
@@ -62,24 +63,29 @@ def run(models: ModelOptions, data: DataOptions, options: CalibrateOptions) -> i
             f'"{models.checkpoint}" is no local folder to save a calibration in. `hf download {models.checkpoint} '
             "--local-dir FOLDER` first and calibrate the folder, or pass --dry-run."
         )
+    metric = get_metric(options.metric) if options.metric else None
     with closing(models.team(data)) as team:
-        return _calibrate(team, models, data, options)
+        return _calibrate(team, models, data, options, metric)
 
 
-def _calibrate(team: Any, models: ModelOptions, data: DataOptions, options: CalibrateOptions) -> int:
+def _calibrate(team: Any, models: ModelOptions, data: DataOptions, options: CalibrateOptions, metric: Any) -> int:
     from collm.calibration import calibrate_rates, save_calibration
+    from collm.evaluation.runner import check_references
     from collm.evaluation.trajectory import Trajectory
 
     problems = data.problems(team.tokenizer)
+    if metric is not None:
+        check_references(problems, metric)
     folder = Path(options.output) / "texts" if options.output else None
     trajectory = Trajectory(team, problems, batch_size=data.batch_size, folder=folder, settings=data.settings(problems))
     rates = sorted({*options.rates, *([options.target_rate] if options.target_rate else [])})
     report = functools.partial(print, flush=True)
     rows, runs = calibrate_rates(trajectory, rates, options.tolerance, report=report, known=trajectory.finished())
+    # A run that never defers has an infinite threshold; 1 means the same and is JSON.
+    rows = [{**row, "threshold": min(row["threshold"], 1.0)} for row in rows]
     print(_table(rows))
     results: dict[str, Any] = {
         "calibration": rows,
-        # A run that never defers has an infinite threshold; 1 means the same and is JSON.
         "runs": [{"threshold": min(r.threshold, 1.0), "rate": r.rate} for r in runs],
     }
 
@@ -90,10 +96,12 @@ def _calibrate(team: Any, models: ModelOptions, data: DataOptions, options: Cali
         print(f"the table's rows for {', '.join(f'{rate:.1%}' for rate in dropped)} are gone: `--rates` names all rows")
     deferral.calibration = rows
     deferral.assistants = deferral.assistants or list(models.assistant)
+    if not options.dry_run:  # before the goal is worked out, which can fail
+        save_calibration(models.checkpoint, deferral)
     if options.target_rate:
-        deferral.threshold = deferral.threshold_for_rate(options.target_rate)
-    if options.metric:
-        results["by_metric"] = _by_metric(trajectory, options.metric, options.cost, problems)
+        deferral.threshold = _of_rate(rows, options.target_rate)
+    if metric is not None:
+        results["by_metric"] = _by_metric(trajectory, metric, options, problems)
         deferral.threshold = results["by_metric"]["chosen"]["threshold"]
     if options.roc:
         results["roc"], probabilities, differs = _roc(models, trajectory)
@@ -110,14 +118,21 @@ def _calibrate(team: Any, models: ModelOptions, data: DataOptions, options: Cali
     return 0
 
 
-def _by_metric(trajectory: Any, name: str, cost: float, problems: list) -> dict[str, Any]:
+def _of_rate(rows: list[dict[str, Any]], rate: float) -> float:
+    row = min(rows, key=lambda row: abs(row["rate"] - rate))
+    if row["rate"] != rate:
+        print(f"no run came within the tolerance of {rate:.1%}: the default becomes the threshold of {row['rate']:.1%}")
+    return row["threshold"]
+
+
+def _by_metric(trajectory: Any, metric: Any, options: CalibrateOptions, problems: list) -> dict[str, Any]:
     from collm.calibration import choose_by_metric
-    from collm.evaluation.metrics import get_metric
     from collm.evaluation.runner import summarise
 
+    name, cost = options.metric, options.cost
     points = []
     for threshold, generations in sorted(trajectory.generations.items(), reverse=True):
-        summary = summarise(problems, generations, get_metric(name))
+        summary = summarise(problems, generations, metric)
         value = summary["metrics"][summary["headline"]]
         points.append(
             {
@@ -152,10 +167,11 @@ def _roc(models: ModelOptions, trajectory: Any) -> tuple[dict[str, Any], list[fl
 
     generations = min(trajectory.generations.values(), key=distance)
     team = trajectory.team
+    names = models.assistant or team.model.config.deferral.assistants
     assistants = (
         team.writer.assistants
         if models.engine == "transformers"
-        else [load_plain(name, models.dtype, models.device) for name in team.model.config.deferral.assistants]
+        else [load_plain(name, models.dtype, models.device) for name in names]
     )
     scores = score_texts(team.model, assistants, texts_of(trajectory.problems, generations))
     known = torch.cat([s.differs[1] for s in scores])

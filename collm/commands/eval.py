@@ -75,12 +75,13 @@ def _task(
 ) -> dict[str, Any]:
     from collm.evaluation.generations import GenerationStore
     from collm.evaluation.metrics import get_metric
-    from collm.evaluation.runner import generate_all, summarise
+    from collm.evaluation.runner import check_references, generate_all, summarise
 
     metric = get_metric(metric_name)
     arguments = decoding.sampling() if options.alone else decoding.arguments()
     with closing(_team(models, data, options, arguments)) as team:
         problems = data.problems(team.tokenizer)
+        check_references(problems, metric)
         settings = {"checkpoint": models.checkpoint, "decoding": arguments, "names": team.names, "alone": options.alone}
         settings |= data.settings(problems) | team.identity
         store = GenerationStore(Path(options.output) / "generations.jsonl", settings)
@@ -103,9 +104,16 @@ def _team(models: ModelOptions, data: DataOptions, options: EvalOptions, argumen
     if options.server:
         from collm.evaluation.server import ServerWriter
 
+        if options.alone == "assistant":
+            raise ConfigurationError(
+                "--alone assistant: a server of the pair has no way to ask for it; without --alone, "
+                "--server can be the URL of the assistant's own server"
+            )
+        if options.alone:
+            arguments = {**arguments, "threshold": 1.0}  # never defers
         tokenizer = load_tokenizer(models.checkpoint)
         written: Any = ServerWriter(options.server, tokenizer, arguments, data.max_new_tokens, data.seed)
-        names = [short_name(name) for name in (models.checkpoint, *models.assistant)]
+        names = [short_name(name) for name in (models.checkpoint, *([] if options.alone else models.assistant))]
         return Team(None, tokenizer, names, written, [], [], {"server": written.model}, [written])
     if options.alone == "assistant" and not models.assistant:
         raise ConfigurationError("--alone assistant needs --assistant NAME")
@@ -130,18 +138,11 @@ def _team(models: ModelOptions, data: DataOptions, options: EvalOptions, argumen
 
 
 def _perplexity(models: ModelOptions, data: DataOptions) -> dict[str, Any]:
-    from datasets import Dataset
-
-    from collm.data.formatting import format_rows
     from collm.evaluation.likelihood import perplexity, score_texts
     from collm.evaluation.loading import load_models
 
     loaded = load_models(models.checkpoint, models.assistant, models.dtype, models.device)
-    rows, report = format_rows(
-        Dataset.from_list(data.rows()), loaded.tokenizer, data.task, chat_template=data.chat_template
-    )
-    print(report)
-    texts = [(row["input_ids"], row["labels"]) for row in rows]
+    texts = _references(data, loaded.tokenizer)
     results = perplexity(score_texts(loaded.model, loaded.assistants, texts))
     for name, value in results.items():
         if isinstance(value, dict):
@@ -149,7 +150,31 @@ def _perplexity(models: ModelOptions, data: DataOptions) -> dict[str, Any]:
                 f"{name:<12} {value['nats_per_token']:.4f} nats/token, perplexity {value['perplexity']:.3f} "
                 f"[{value['low']:.3f}, {value['high']:.3f}]"
             )
-    return {**results, "settings": {**dataclasses.asdict(models), "data": data.data, "task": data.task}}
+    asked = ("data", "task", "instruction", "system_prompt", "chat_template")
+    return {**results, "settings": {**dataclasses.asdict(models), **{name: getattr(data, name) for name in asked}}}
+
+
+def _references(data: DataOptions, tokenizer: Any) -> list[tuple[list[int], list[int]]]:
+    """Token ids and labels of the reference answers, as training formats them."""
+    from datasets import Dataset
+
+    from collm.data.chat import Chat
+    from collm.data.formatting import format_rows
+    from collm.data.tasks import get_task
+    from collm.evaluation.runner import put
+
+    convert = get_task(data.task) if data.task else dict
+    conversations = bool(data.task and Chat(tokenizer, data.chat_template).template)
+
+    def asked(row: dict[str, Any]) -> dict[str, Any]:
+        return put(convert(row), conversations, data.instruction, data.system_prompt)
+
+    rows, task = data.rows(), data.task
+    if data.instruction or data.system_prompt is not None:
+        rows, task = (rows, asked) if task else ([asked(row) for row in rows], None)  # type: ignore[assignment]
+    formatted, report = format_rows(Dataset.from_list(rows), tokenizer, task, chat_template=data.chat_template)
+    print(report)
+    return [(row["input_ids"], row["labels"]) for row in formatted]
 
 
 def _mt_bench(

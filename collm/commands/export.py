@@ -26,19 +26,23 @@ class Arguments:
             "help": "write the head as one more vocabulary row, as in the paper's code; needs a head on hidden alone"
         },
     )
-    head_only: bool = field(default=False, metadata={"help": "write the head alone"})
+    head_only: bool = field(
+        default=False, metadata={"help": "write the head alone: right where the base was not trained"}
+    )
     dtype: str = field(default="auto", metadata={"help": "of the weights: auto, float32, bfloat16, float16"})
 
 
 def run(arguments: Arguments) -> int:
     """Load, convert, save with the tokenizer."""
     from collm import CoLLMForCausalLM
-    from collm.checkpoints import save_head_only
+    from collm.checkpoints import check_base_untrained, save_head_only
     from collm.data.tokenizers import checkpoint_tokenizer
     from collm.merging import merge_into_vocabulary
 
     if arguments.merged and arguments.head_only:
         raise ConfigurationError("--merged and --head-only are two forms; choose one.")
+    if arguments.head_only:
+        check_base_untrained(arguments.checkpoint)
     model = CoLLMForCausalLM.from_pretrained(arguments.checkpoint, dtype=arguments.dtype)
     tokenizer = checkpoint_tokenizer(arguments.checkpoint, model.config.deferral.base_model)
     if arguments.head_only:

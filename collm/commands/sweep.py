@@ -62,14 +62,12 @@ Arguments = (ModelOptions, DataOptions, SweepOptions)
 def run(models: ModelOptions, data: DataOptions, options: SweepOptions) -> int:
     """Measure, write the files; the last line on standard output is one JSON object."""
     from collm.errors import ConfigurationError
-    from collm.evaluation.sweep import METHODS, add_comparisons
+    from collm.evaluation.sweep import add_comparisons
 
     metric = options.metric or data.default_metric()
     if metric is None:
         raise ConfigurationError("no metric: pass --metric, or --task gsm8k, math or bioasq")
-    for method in options.methods:
-        if method not in METHODS:
-            raise ConfigurationError(f'there is no method "{method}"; there are {", ".join(METHODS)}')
+    options = dataclasses.replace(options, methods=_methods(models, options))
     points: list[dict[str, Any]] = []
     with closing(models.team(data)) as team:
         sweep = _sweep(team, models, data, options, metric)
@@ -94,17 +92,34 @@ def run(models: ModelOptions, data: DataOptions, options: SweepOptions) -> int:
     return 0
 
 
+def _methods(models: ModelOptions, options: SweepOptions) -> list[str]:
+    """The methods that can be measured here; one that was asked for and cannot be is refused."""
+    from collm.errors import ConfigurationError
+    from collm.evaluation.sweep import lacks
+
+    has = (options.untuned is not None, options.calibration_problems > 0, models.engine)
+    missing = {method: what for method in options.methods if (what := lacks(method, *has))}
+    said = "; ".join(f"{method} needs {what}" for method, what in missing.items())
+    if missing and options.methods != SweepOptions(options.output).methods:
+        raise ConfigurationError(said)
+    if missing:
+        print(f"left out: {said}", file=sys.stderr)
+    return [method for method in options.methods if method not in missing]
+
+
 def _sweep(team: Any, models: ModelOptions, data: DataOptions, options: SweepOptions, metric: str) -> Any:
     from collm.data.tokenizers import check_same_tokenizer, checkpoint_tokenizer
     from collm.errors import ConfigurationError
     from collm.evaluation.loading import load_plain
     from collm.evaluation.metrics import get_metric
+    from collm.evaluation.runner import check_references
     from collm.evaluation.sweep import Sweep
 
     for name in filter(None, [options.fine_tuned, options.weak_supervision]):  # now, not after hours of writing
         tokenizer = checkpoint_tokenizer(name, team.model.config.deferral.base_model)
         check_same_tokenizer(team.tokenizer, tokenizer, models.checkpoint, name)
     problems = data.problems(team.tokenizer)
+    check_references(problems, get_metric(metric))
     count = options.calibration_problems
     if options.calibration_data:
         apart = dataclasses.replace(data, data=options.calibration_data, first=0, limit=count)
@@ -235,7 +250,7 @@ def _write_report(folder: Path, results: dict[str, Any], sweep: Any, options: Sw
         parts.append(figure(plots.svg(drawing)))
     for point in points:
         if point["method"] == "learned" and point["texts"] in sweep.texts:
-            notes = [f"{results['metric']}: {score:.3g}" for score in point["scores"]]
+            notes = ["" if score is None else f"{results['metric']}: {score:.3g}" for score in point["scores"]]
             views = views_of(sweep.team, sweep.problems, sweep.texts[point["texts"]], notes, options.examples)
             statistics = DeferralStatistics.of(views)
             parts += [

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from collm.data.tasks import TULU_CHAT_TEMPLATE
-from collm.errors import ConfigurationError
+from collm.errors import ConfigurationError, DataFormatError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -113,6 +113,7 @@ class Chat:
 
         Raises:
             [`ConfigurationError`]: there is no chat template.
+            [`DataFormatError`]: it cannot write a message's content.
         """
         from jinja2.exceptions import TemplateError
 
@@ -123,11 +124,17 @@ class Chat:
             )
         present = [{key: value for key, value in message.items() if value is not None} for message in messages]
         try:
-            return self.tokenizer.apply_chat_template(
+            text = self.tokenizer.apply_chat_template(
                 present, chat_template=self.template, tokenize=False, add_generation_prompt=add_generation_prompt
             )
         except TemplateError as error:
             raise Dropped(f"the chat template refuses the conversation ({error})") from error
+        except TypeError as error:
+            raise DataFormatError(f"the chat template cannot write a content that is no text ({error}).") from error
+        parts = [said["content"] for said in present if isinstance(said.get("content"), list)]
+        if any(str(content) in text for content in parts):
+            raise DataFormatError("the chat template takes no content in parts: give each message's content as text.")
+        return text
 
 
 def _template(name: str | None, tokenizer: PreTrainedTokenizerBase) -> str | None:

@@ -31,7 +31,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 FORMATS = {"messages": ("messages",), "completion": ("prompt", "completion"), "tokens": ("input_ids", "labels")}
-OWN_CONTEXTS = ("assistant_messages", "assistant_prompts")
+_ALLOWED = ", or ".join(" and ".join(needed) for needed in FORMATS.values())
+# column -> what it stands beside
+OWN_CONTEXTS = {"assistant_messages": "messages", "assistant_prompts": "a prompt that is text"}
 
 View = list[Piece] | None  # what one model sees of a sequence; None for an assistant that sees what the base sees
 
@@ -101,11 +103,13 @@ def format_rows(
 
     Raises:
         [`DataFormatError`]: columns that fit no format, a broken row (with its number), nothing left.
-        [`ConfigurationError`]: unknown task, no chat template for `messages`.
+        [`ConfigurationError`]: unknown task, no chat template for `messages`, a `max_length` below 1.
     """
     from datasets import Dataset, Features, List, Value
     from tqdm.auto import tqdm
 
+    if max_length is not None and max_length < 1:
+        raise ConfigurationError(f"max_length is {max_length}; it is a number of tokens, at least 1.")
     make_row = get_task(task) if task is not None else None
     if make_row is None:
         _check_columns(dataset.column_names)
@@ -161,8 +165,7 @@ def _check_columns(columns: list[str]) -> None:
     missing = [name for name in known if name not in columns]
     hint = next((hint for column in columns if column not in known and (hint := did_you_mean(column, missing))), "")
     hint = f" These are the columns of the task {' or '.join(tasks)}." if tasks else hint
-    allowed = ", or ".join(" and ".join(needed) for needed in FORMATS.values())
-    raise DataFormatError(f"Rows have the columns {', '.join(columns)}; they need {allowed}, or a task.{hint}")
+    raise DataFormatError(f"Rows have the columns {', '.join(columns)}; they need {_ALLOWED}, or a task.{hint}")
 
 
 def _task_row(task: Callable[[Row], Row], row: Row, chat: Chat) -> Row:
@@ -172,7 +175,12 @@ def _task_row(task: Callable[[Row], Row], row: Row, chat: Chat) -> Row:
         made = task(row)
     except KeyError as error:
         raise DataFormatError(f"the task needs the column {error}; there are {', '.join(row)}.") from error
-    if isinstance(made.get("prompt"), str):
+    except (AttributeError, IndexError, TypeError) as error:
+        raise DataFormatError(f"the task fails ({type(error).__name__}: {error}).") from error
+    if not isinstance(made, dict) or not any(set(needed) <= made.keys() for needed in FORMATS.values()):
+        returned = ", ".join(made) if isinstance(made, dict) else repr(made)
+        raise DataFormatError(f"the task returned {returned}; it has to return {_ALLOWED}.")
+    if isinstance(made.get("prompt"), str) and isinstance(made.get("completion"), str):
         if not made["completion"]:
             raise Dropped("empty completion")
         if chat.template:
@@ -188,16 +196,22 @@ def _task_row(task: Callable[[Row], Row], row: Row, chat: Chat) -> Row:
 def _row_pieces(row: Row, base: Chat, chats: Sequence[Chat | None]) -> Iterator[list[View]]:
     """For each sequence of a row: the base's view, then each assistant's."""
     count = len(chats)
+    prompt, completion = row.get("prompt"), row.get("completion")
     if row.get("messages") is not None:
-        yield from _conversation(row["messages"], 0, _own(row, "assistant_messages", count), base, chats)
-    elif row.get("prompt") is not None and row.get("completion") is not None:
-        if isinstance(row["prompt"], list):
-            messages = row["prompt"] + row["completion"]
-            yield from _conversation(messages, len(row["prompt"]), [None] * count, base, chats)
-            return
-        prompts = _own(row, "assistant_prompts", count)
-        own: list[View] = [None if text is None else [(_prompt(base.tokenizer, text), [])] for text in prompts]
-        yield _with_shared_targets(_completion(base.tokenizer, row["prompt"], row["completion"]), own)
+        own_messages = _own(row, "assistant_messages", count)
+        yield from _conversation(row["messages"], 0, own_messages, base, chats)
+    elif prompt is not None and completion is not None:
+        if isinstance(prompt, list) and isinstance(completion, list):
+            yield from _conversation(prompt + completion, len(prompt), _own(row, None, count), base, chats)
+        elif isinstance(prompt, str) and isinstance(completion, str):
+            prompts = _own(row, "assistant_prompts", count)
+            own: list[View] = [None if text is None else [(_prompt(base.tokenizer, text), [])] for text in prompts]
+            yield _with_shared_targets(_completion(base.tokenizer, prompt, completion), own)
+        else:
+            raise DataFormatError(
+                f"prompt has the type {type(prompt).__name__} and completion {type(completion).__name__}; both have to "
+                "be text, or both lists of messages."
+            )
     elif row.get("input_ids") is not None and row.get("labels") is not None:
         own_ids, own_labels = (_own(row, name, count) for name in ("assistant_input_ids", "assistant_labels"))
         own = [_token_pieces(ids, marks) if ids else None for ids, marks in zip(own_ids, own_labels, strict=True)]
@@ -206,8 +220,14 @@ def _row_pieces(row: Row, base: Chat, chats: Sequence[Chat | None]) -> Iterator[
         raise Dropped("empty (null) row")
 
 
-def _own(row: Row, name: str, count: int) -> list:
-    values = (count and row.get(name)) or [None] * count
+def _own(row: Row, name: str | None, count: int) -> list:
+    """What a column has for each assistant; contexts in another column, which nobody would read, are refused."""
+    for other, beside in OWN_CONTEXTS.items():
+        if count and other != name and any(row.get(other) or []):
+            raise DataFormatError(
+                f"{other} is read beside {beside} alone (a chat template makes messages of a task's prompt)."
+            )
+    values = (count and name and row.get(name)) or [None] * count
     if len(values) != count:
         raise DataFormatError(f"{name} has {len(values)} entries; it needs one for each of the {count} assistants.")
     return values
@@ -239,7 +259,7 @@ def _conversation(
 
 def _assistant_turns(messages: list[dict], first: int) -> list[int]:
     """Messages that are targets; one that opens the conversation is not, since nobody asked for it."""
-    for said in messages:
+    for said in messages if isinstance(messages, list) else [messages]:
         if not isinstance(said, dict) or not isinstance(said.get("role"), str) or "content" not in said:
             raise DataFormatError(f'a message is {said!r}; it has to be {{"role": ..., "content": ...}}.')
     return [i for i, said in enumerate(messages) if said["role"] == "assistant" and i >= max(first, 1)]

@@ -24,8 +24,7 @@ def read_rows(source: str | os.PathLike | Dataset, split: str = "train", config:
         source (`str`, `os.PathLike` or `datasets.Dataset`):
             A JSON-lines, JSON or parquet file (BioASQ's own JSON too), a folder written by `save_to_disk`, a folder of
             data files, or the name of a data set on the Hub.
-        split (`str`, defaults to `"train"`): split of a data set that has several; slices (`"train[:100]"`) work for
-            files, folders of data files and the Hub.
+        split (`str`, defaults to `"train"`): split of a data set that has several, or a slice of it (`"train[:100]"`).
         config (`str`, *optional*): configuration of a Hub data set (`"main"` of `openai/gsm8k`).
 
     Raises:
@@ -38,19 +37,20 @@ def read_rows(source: str | os.PathLike | Dataset, split: str = "train", config:
     path = Path(source)
     if path.is_dir() and ((path / "state.json").exists() or (path / "dataset_dict.json").exists()):
         loaded = _read(str(path), lambda: load_from_disk(str(path)))
-        if isinstance(loaded, DatasetDict):
-            if split not in loaded:
-                raise DataFormatError(
-                    f'{path} has no split "{split}"; it has {", ".join(loaded)}.{did_you_mean(split, loaded)}'
-                )
-            loaded = loaded[split]
+        splits = loaded if isinstance(loaded, DatasetDict) else {"train": loaded}
+        name = split.split("[")[0]
+        if name not in splits:
+            raise DataFormatError(
+                f'{path} has no split "{name}"; it has {", ".join(splits)}.{did_you_mean(name, splits)}'
+            )
+        loaded = _read(str(path), lambda: _slice(splits[name], split))
     elif path.is_file():
         if path.suffix not in FILE_TYPES:
             allowed = ", ".join(FILE_TYPES)
             raise DataFormatError(f"{path} ends in {path.suffix!r}; files can be {allowed}.")
         questions = _bioasq_questions(path)
         if questions is not None:
-            return _not_empty(questions, str(path))
+            return _not_empty(_read(str(path), lambda: _slice(questions, split)), str(path))
         if path.stat().st_size == 0:
             raise DataFormatError(f"{path} is empty.")
         kind, files = FILE_TYPES[path.suffix], {split.split("[")[0]: str(path)}
@@ -75,6 +75,14 @@ def _read(name: str, load: Callable[[], Any]) -> Any:
         return load()
     except (DatasetsError, OSError, ValueError) as error:
         raise DataFormatError(f"Cannot read {name}: {error.__cause__ or error}") from error
+
+
+def _slice(rows: Dataset, split: str) -> Dataset:
+    """The rows that `split`, e.g. `"train[:100]"`, takes of all of them."""
+    from datasets import ReadInstruction, concatenate_datasets
+
+    parts = ReadInstruction.from_spec(split).to_absolute({split.split("[")[0]: len(rows)})
+    return concatenate_datasets([rows.select(range(part.from_, part.to)) for part in parts])
 
 
 def _not_empty(dataset: Dataset, name: str) -> Dataset:

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from collm.data.tokenizers import check_same_tokenizer, load_tokenizer, tokenizer_fingerprint
 from collm.errors import AssistantError, ConfigurationError, DataFormatError, ScoreMismatchError, did_you_mean
+from collm.fingerprints import files_fingerprint
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -112,9 +113,9 @@ def score_batch(model: PreTrainedModel, input_ids: Tensor, labels: Tensor) -> tu
     Returns:
         log P(x_t | x_<t), float32 `(N,)` in nats, and whether x_t is the argmax, bool `(N,)`, in row-major order.
     """
-    from collm.modeling import lm_head_logits
+    from collm.modeling import decoder_path, lm_head_logits
 
-    hidden = model.base_model(input_ids=input_ids, use_cache=False)[0]
+    hidden = model.get_submodule(decoder_path(model))(input_ids=input_ids, use_cache=False)[0]
     targets = labels[:, 1:] != -100
     hidden, tokens = hidden[:, :-1][targets.to(hidden.device)], labels[:, 1:][targets].to(hidden.device)
     # Many rows per product with the LM head's weight, few in float32: less memory than the logits of all positions,
@@ -406,27 +407,7 @@ def _identity(settings: AssistantSettings, view: Dataset) -> dict[str, Any]:
             f'The data has the token id {largest}; the assistant "{settings.name}" knows ids below {vocabulary}.'
         )
     answers = {key: value for key, value in asdict(settings).items() if key not in LAYOUT}
-    return {**answers, "weights": _weights_fingerprint(settings.name, config)}
-
-
-def _weights_fingerprint(name: str, config: Any) -> str:
-    """The Hub's commit, or SHA-256 over names, sizes and samples of the files of a local folder.
-
-    1,024 samples of a kilobyte per file notice a model that was trained again; reading all of it would take minutes.
-    """
-    if not Path(name).is_dir():
-        return f"{name}@{getattr(config, '_commit_hash', None)}"
-    digest = hashlib.sha256()
-    for path in sorted(Path(name).iterdir()):
-        if path.suffix not in (".safetensors", ".bin") and path.name not in ("config.json", "adapter_config.json"):
-            continue
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}\n".encode())
-        with open(path, "rb") as file:
-            for start in range(0, size, max(1024, size // 1024)):
-                file.seek(start)
-                digest.update(file.read(1024))
-    return digest.hexdigest()
+    return {**answers, "weights": files_fingerprint(settings.name, config)}
 
 
 def _data_fingerprint(dataset: Dataset) -> str:

@@ -33,12 +33,21 @@ _BIOASQ_INSTRUCTIONS = {
 
 def gsm8k(row: Row) -> Row:
     """GSM8K (Cobbe et al., 2021): `question`, `answer`, without the calculator's `<<48/2=24>>` in the solutions."""
-    return {"prompt": row["question"].strip(), "completion": re.sub(r"<<[^<>]*>>", "", row["answer"]).strip()}
+    question, answer = _text(row, "question"), _text(row, "answer")
+    return {"prompt": question, "completion": answer and re.sub(r"<<[^<>]*>>", "", answer).strip()}
 
 
 def math(row: Row) -> Row:
     r"""MATH (Hendrycks et al., 2021): `problem`, `solution`, the final answer in `\boxed{}`."""
-    return {"prompt": row["problem"].strip(), "completion": row["solution"].strip()}
+    return {"prompt": _text(row, "problem"), "completion": _text(row, "solution")}
+
+
+def _text(row: Row, column: str) -> str | None:
+    """What a column says, null included."""
+    text = row[column]
+    if text is not None and not isinstance(text, str):
+        raise DataFormatError(f"{column} is {text!r}; it has to be text.")
+    return text and text.strip()
 
 
 def tulu(row: Row) -> Row:
@@ -60,10 +69,11 @@ def bioasq(row: Row, snippets: bool = False) -> Row:
     kind = row["type"]
     if kind not in _BIOASQ_INSTRUCTIONS:
         allowed = ", ".join(_BIOASQ_INSTRUCTIONS)
-        hint = did_you_mean(kind, _BIOASQ_INSTRUCTIONS)
+        hint = did_you_mean(str(kind), _BIOASQ_INSTRUCTIONS)
         raise DataFormatError(f'BioASQ has no type "{kind}"; it has {allowed}.{hint}')
-    prompt = f"{row['body'].strip()}\n{_BIOASQ_INSTRUCTIONS[kind]}"
-    if snippets and row.get("snippets"):
+    body = _text(row, "body")
+    prompt = body and f"{body}\n{_BIOASQ_INSTRUCTIONS[kind]}"
+    if prompt and snippets and row.get("snippets"):
         prompt = "\n".join(snippet["text"].strip() for snippet in row["snippets"]) + f"\n\n{prompt}"
     exact = row.get("exact_answer") or []
     names = [_first(name) for name in ([exact] if isinstance(exact, str) else exact)]

@@ -178,6 +178,9 @@ class Reader:
             rows (`list[int]`): names of the rows; a new one begins here, and its chunk with its prompt.
             chunks (`list[list[int]]`): tokens that follow what has been read of each row, at least one.
             keep (`int`, *optional*, defaults to 1): how many of the last positions to return.
+
+        Where a forward fails, its error is raised, and `length` says how far each row was read by then; rows that the
+        failure has spoilt are forgotten.
         """
         groups = _groups([len(chunk) for chunk in chunks], self._padding)
         readings = [self._forward([rows[i] for i in g], [chunks[i] for i in g], keep) for g in groups]
@@ -204,7 +207,12 @@ class Reader:
         width = max(sizes)
         for row in rows:
             self.length.setdefault(row, 0)
-        self._cache.plan = plan = self._plan(rows, sizes)
+        try:
+            self._cache.plan = plan = self._plan(rows, sizes)
+        except Exception:  # out of memory: the layers may differ in size, or in where rows lie
+            self._start_cache()
+            self.length.clear()
+            raise
         ends = [self.length[row] + size for row, size in zip(rows, sizes, strict=True)]
         arguments: dict[str, Any] = {}
         if min(ends) < plan.total:
@@ -305,8 +313,9 @@ class StatefulReader(Reader):
 
     def _forward(self, rows: list[int], chunks: list[list[int]], keep: int) -> Reading:
         (row,), (chunk,) = rows, chunks
-        before = self.length.get(row, 0)
-        arguments: dict[str, Any] = {self._cache_name: self._caches.get(row), "use_cache": True, "return_dict": True}
+        # Taken out until the forward has succeeded: one that fails leaves the state half changed.
+        before, cache = self.length.pop(row, 0), self._caches.pop(row, None)
+        arguments: dict[str, Any] = {self._cache_name: cache, "use_cache": True, "return_dict": True}
         if self._takes_positions:
             arguments["position_ids"] = torch.arange(before, before + len(chunk), device=self.device).unsqueeze(0)
         output = self.model(input_ids=torch.tensor([chunk], device=self.device), **arguments)

@@ -86,11 +86,12 @@ def contrastive(context: CombiningContext, alpha: float = 0.1, beta: float = 0.5
 def proxy_tuning(context: CombiningContext, untuned: Any, weight: float = 1.0) -> Tensor:
     """Proxy tuning: log P_k + weight (log P_0 - log P_untuned); the base is the small tuned model.
 
-    `untuned` is the base before tuning, a model (it keeps a cache of its own). Source: Liu et al. (2024).
+    `untuned` is the base before tuning, a model (it keeps a cache of its own). -inf on tokens that one of the three
+    lacks. Source: Liu et al. (2024).
     """
-    anti_expert = torch.log_softmax(context.others["untuned"].float(), dim=-1)
-    shift = context.base_logprobs - anti_expert
-    return context.assistant_logprobs + weight * torch.where(context.base_logprobs.isneginf(), -torch.inf, shift)
+    expert, anti_expert = context.base_logprobs, torch.log_softmax(context.others["untuned"].float(), dim=-1)
+    missing = expert.isneginf() | anti_expert.isneginf()
+    return (context.assistant_logprobs + weight * (expert - anti_expert)).masked_fill(missing, -torch.inf)
 
 
 COMBINERS: dict[str, Callable[..., Any]] = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,26 +10,45 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    StoppingCriteriaList,
+)
 from transformers.generation import (
     BaseStreamer,
+    EncoderNoRepeatNGramLogitsProcessor,
+    EncoderRepetitionPenaltyLogitsProcessor,
     EosTokenCriteria,
     MaxLengthCriteria,
     PrefixConstrainedLogitsProcessor,
     StopStringCriteria,
 )
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, cached_file
 
-from collm.errors import ConfigurationError, TokenizerMismatchError, UnsupportedModelError, did_you_mean
+from collm.errors import (
+    ConfigurationError,
+    TokenizerMismatchError,
+    UnsupportedModelError,
+    did_you_mean,
+)
 
 from .cache import architecture_of, can_roll_back, reader_for
 from .combiners import ResolvedCombiner, resolve_combiner
 from .loop import Choice, Decoder, Ending, decode
 from .registry import Spec
-from .routers import Router, learned, resolve_router, uses_randomness, uses_threshold
+from .routers import Router, learned, resolve_router, threshold_of_rate, uses_randomness, uses_threshold
 from .speculation import DraftGate, step_cost
 
 ON_ASSISTANT_ERROR = ("raise", "base")
+# Processors of transformers that count the rows of a batch, or keep its prompts.
+WHOLE_BATCH = (
+    PrefixConstrainedLogitsProcessor,
+    EncoderNoRepeatNGramLogitsProcessor,
+    EncoderRepetitionPenaltyLogitsProcessor,
+)
 # Embeddings are padded to round numbers, so sizes differ within a family; by more than this they mean other tokens.
 PADDING_SHARE = 0.02
 
@@ -141,7 +159,7 @@ class CollaborativeGenerationMixin:
             threshold (`float` or a sequence of them, one for each prompt, *optional*): eta; the assistant writes where
                 d_t > eta. 1 never asks, a negative one always. Default `config.deferral.threshold`.
             deferral_rate (`float` or a sequence, *optional*): share of tokens to defer, turned into a threshold by the
-                checkpoint's calibration table. Not together with `threshold`.
+                checkpoint's calibration table. Not together with `threshold`, and for the learned router alone.
             router (`str`, `dict` or `Callable`, *optional*, defaults to `"learned"`): who is asked; see
                 [`~collm.decoding.routers`].
             combiner (`str`, `dict` or `Callable`, *optional*, defaults to `"assistant"`): what is written once an
@@ -162,7 +180,7 @@ class CollaborativeGenerationMixin:
             ConfigurationError: options that contradict each other or transformers options that have no counterpart.
             UnsupportedModelError: an encoder-decoder as assistant, or the wrong number of assistants.
             TokenizerMismatchError: base and assistant have different vocabularies.
-            CalibrationError: `deferral_rate` without a calibration table that covers it.
+            CalibrationError: `deferral_rate` without a calibration table that covers it, or with another router.
             AssistantError: an assistant failed, under `on_assistant_error="raise"`.
 
         Example:
@@ -338,9 +356,11 @@ def check_assistant(base: Any, model: Any, name: str, tokenizer: Any = None) -> 
             f"the base has a vocabulary of {ours} tokens and {name} one of {theirs}: these are different tokenizers, "
             "and deferral exchanges token ids. Choose an assistant of the base's family."
         )
-    theirs_at = config.name_or_path
-    ours_at = tokenizer if tokenizer is not None else base.config.name_or_path
-    if _has_tokenizer(theirs_at) and (tokenizer is not None or (ours_at != theirs_at and _has_tokenizer(ours_at))):
+    theirs_at, ours_at = config.name_or_path, tokenizer
+    if tokenizer is None:  # a checkpoint of the head alone has none of its own
+        names = (base.config.name_or_path, base.config.deferral.base_model)
+        ours_at = next((name for name in names if name == theirs_at or _vocabulary_file(name)), None)
+    if ours_at is not None and ours_at != theirs_at and _vocabulary_file(theirs_at):
         _check_same_tokenizer(ours_at, theirs_at)
 
 
@@ -348,11 +368,19 @@ def check_assistant(base: Any, model: Any, name: str, tokenizer: Any = None) -> 
 def _check_same_tokenizer(base: Any, assistant: str) -> None:
     from collm.data.tokenizers import check_same_tokenizer
 
-    check_same_tokenizer(base, assistant)
+    ours, theirs = (
+        PreTrainedTokenizerFast(tokenizer_file=_vocabulary_file(name)) if isinstance(name, str) else name
+        for name in (base, assistant)
+    )
+    check_same_tokenizer(ours, theirs, base if isinstance(base, str) else "the base", assistant)
 
 
-def _has_tokenizer(path: str) -> bool:
-    return bool(path) and os.path.isfile(os.path.join(path, "tokenizer_config.json"))
+def _vocabulary_file(name: str | None) -> str | None:
+    """The tokenizer.json of a folder, or of a Hub name if it was downloaded before: `generate` needs no network."""
+    try:
+        return cached_file(name, "tokenizer.json", local_files_only=True) if name else None
+    except OSError:
+        return None
 
 
 def resolve_threshold(
@@ -365,7 +393,8 @@ def resolve_threshold(
     was given for each prompt.
 
     Raises:
-        [`ConfigurationError`]: both are given. [`CalibrationError`]: the table does not answer `deferral_rate`.
+        [`ConfigurationError`]: both are given. [`CalibrationError`]: the table does not answer `deferral_rate`, or not
+            for this router.
     """
     if threshold is not None and deferral_rate is not None:
         raise ConfigurationError(
@@ -378,7 +407,7 @@ def resolve_threshold(
     if threshold is not None:
         return _each(float, threshold)
     if deferral_rate is not None and uses_threshold(router):
-        return _each(model.config.deferral.threshold_for_rate, deferral_rate)
+        return _each(lambda rate: threshold_of_rate(model.config.deferral, rate, router), deferral_rate)
     return model.config.deferral.threshold
 
 
@@ -488,9 +517,9 @@ def _token_lists(input_ids: Tensor, attention_mask: Tensor | None) -> list[list[
 
 
 def _is_row_wise(processor: Any) -> bool:
-    """Whether a processor treats each row by itself. Processors of transformers do, but for one that counts rows."""
+    """Whether a processor treats each row by itself. Processors of transformers do, but for those of `WHOLE_BATCH`."""
     own = type(processor).__module__.startswith("transformers.")
-    return own and not isinstance(processor, PrefixConstrainedLogitsProcessor)
+    return own and not isinstance(processor, WHOLE_BATCH)
 
 
 def _streaming(streamer: BaseStreamer | None) -> Any:

@@ -503,6 +503,9 @@ class Decoder:
         self.counts["discarded"] += len(row.tokens) - step
         discarded = row.tokens[step:]
         del row.tokens[step:], row.source[step:], row.deferral_probs[step + 1 :], row.states[step + 1 :]
+        for at in range(step, step + len(discarded)):
+            row.raw.pop(at, None)
+            row.processed.pop(at, None)
         row.ahead = {}
         if row.lookup is not None:
             row.lookup.cut(step, discarded)

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from collm.errors import ConfigurationError, did_you_mean
+from collm.configuration import DeferralConfig
+from collm.errors import CalibrationError, ConfigurationError, did_you_mean
 
 from .registry import Spec, bind, parse_spec
 
@@ -184,14 +185,32 @@ def resolve_router(spec: Spec | None) -> Router:
 
 def uses_threshold(router: Router) -> bool:
     """Whether the router decides by the threshold (a callable of the user's is taken to)."""
-    function = router.func if isinstance(router, functools.partial) else router
+    function = _function(router)
     return function in THRESHOLD_ROUTERS or function not in ROUTERS.values()
+
+
+def threshold_of_rate(deferral: DeferralConfig, rate: float, router: Router = learned) -> float:
+    """The threshold that the checkpoint's calibration table has for a deferral rate.
+
+    Raises:
+        [`CalibrationError`]: the table does not answer that rate, or was not measured with this router.
+    """
+    if _function(router) is not learned:
+        raise CalibrationError(
+            f"deferral_rate={rate} with another router than the learned one: the calibration table was measured with "
+            "the learned router; pass threshold= instead, or the router's own cut or rate."
+        )
+    return deferral.threshold_for_rate(rate)
 
 
 def uses_randomness(router: Router) -> bool:
     """Whether the router draws random numbers (a callable of the user's is taken to)."""
-    function = router.func if isinstance(router, functools.partial) else router
+    function = _function(router)
     return function in (random, sampled) or function not in ROUTERS.values()
+
+
+def _function(router: Router) -> Router:
+    return router.func if isinstance(router, functools.partial) else router
 
 
 def route(router: Router, context: RoutingContext) -> tuple[Tensor, Tensor | None]:

@@ -22,6 +22,7 @@ from collm.decoding.routers import (
     never,
     resolve_router,
     route,
+    sampled,
     top_probability,
 )
 from collm.decoding.sampling import uniform
@@ -119,7 +120,7 @@ async def collaborate(
     Raises:
         AssistantError: the base failed; or an assistant did, and the request does not want the base to go on alone.
     """
-    decider = Decider(request)
+    decider = Decider(request, len(assistants))
     writer = base.open(request.prompt_ids, request.sampling)
     helpers: dict[int, Helper] = {}
     tokens: list[int] = []
@@ -218,15 +219,15 @@ class Decider:
     """Where a request's router decides: inside the base's engine (a gate), or here, one base token at a time.
 
     Raises:
-        ConfigurationError: the router needs whole distributions, which engines do not hand out.
+        ConfigurationError: the router needs distributions that engines do not hand out.
     """
 
-    def __init__(self, request: Request):
+    def __init__(self, request: Request, num_assistants: int):
         self.request = request
         self.router: Router = resolve_router(request.router)
         self.state: torch.Tensor | None = None
         self.seed = random.getrandbits(63) if request.sampling.seed is None else request.sampling.seed
-        self.gate, self.inside = gate_of(self.router, request.threshold)
+        self.gate, self.inside = gate_of(self.router, request.threshold, num_assistants)
         self.asks = self.gate is not None or not self.inside
 
     def turn(self, base: Session, step: int, alone: bool) -> AsyncIterator[Piece]:
@@ -265,17 +266,23 @@ class Decider:
         return int(writers)
 
 
-def gate_of(router: Router, threshold: float) -> tuple[Gate | None, bool]:
+def gate_of(router: Router, threshold: float, num_assistants: int = 1) -> tuple[Gate | None, bool]:
     """The gate that `router` is, and whether it decides inside of the engine at all.
 
     Raises:
-        ConfigurationError: the router needs whole distributions, which engines do not hand out.
+        ConfigurationError: the router needs distributions that engines do not hand out: whole ones of the next token,
+            or, with several assistants, that over the writers.
     """
     function = router.func if isinstance(router, functools.partial) else router
     cut = router.keywords.get("cut", 0.0) if isinstance(router, functools.partial) else 0.0
     if function is margin:
         raise ConfigurationError(
             'The router "margin" needs whole distributions, which engines keep: take "top_probability".'
+        )
+    if function is sampled and num_assistants > 1:
+        raise ConfigurationError(
+            f'The router "sampled" draws among the base and {num_assistants} assistants, of which engines tell the '
+            'preferred one only: take "learned", or one assistant.'
         )
     if function is never or (function is learned and threshold >= 1):
         return None, True

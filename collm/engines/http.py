@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 RETRIED_STATUS = {408, 409, 425, 429, 500, 502, 503, 504}
 REFUSALS = {400, 413, 422}  # about the request, not about the server
 FIRST_PAUSE = 0.1  # seconds before the first retry; doubles
+PART_OF_CHARACTER = "\ufffd"  # what a token decodes to whose bytes are not a whole character
 
 
 class HTTPEngine:
@@ -64,6 +65,9 @@ class HTTPEngine:
         self.retries = retries
         self.max_length = max_length or 2**31
         self.vocab_size = len(tokenizer)
+        # Where the tokenizer begins every text with BOS, so does the server's: the text that it is sent has none.
+        bos = [tokenizer.bos_token_id]
+        self.server_adds = bos if not token_ids and tokenizer.encode("")[:1] == bos else None
         self.client = httpx.AsyncClient(
             headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
             timeout=timeout,
@@ -171,7 +175,7 @@ class HTTPSession(Tokens):
         if s.logit_bias:
             body["logit_bias"] = {str(i): bias for i, bias in s.logit_bias.items()}
         if not engine.token_ids:
-            return self._tokenised(await engine.complete({**body, "prompt": engine.tokenizer.decode(self._tokens)}))
+            return self._tokenised(await engine.complete({**body, "prompt": self._text()}))
         optional = {"top_k": s.top_k, "min_p": s.min_p, "repetition_penalty": s.repetition_penalty}
         body |= {k: v for k, v in optional.items() if v != getattr(Sampling, k)}
         choice = await engine.complete({**body, "prompt": self._tokens, "return_token_ids": True})
@@ -183,12 +187,21 @@ class HTTPSession(Tokens):
             )
         return tokens[0]
 
+    def _text(self) -> str:
+        begins = self._tokens[:1] == self._engine.server_adds
+        text = self._engine.tokenizer.decode(self._tokens[begins:])
+        if text.endswith(PART_OF_CHARACTER):
+            raise AssistantRefusal(f"the text for {self._engine.name} ends within a character: exchange token ids.")
+        return text
+
     def _tokenised(self, choice: dict[str, Any]) -> int:
         tokenizer, text = self._engine.tokenizer, choice.get("text")
         if not isinstance(text, str):
             raise AssistantError(f"{self._engine.name} answered without text.")
         if not text and choice.get("finish_reason") == "stop":
             return int(tokenizer.eos_token_id)
+        if PART_OF_CHARACTER in text:
+            raise AssistantRefusal(f"{self._engine.name} wrote a part of a character: exchange token ids with it.")
         ids = tokenizer.encode(text, add_special_tokens=False)
         if len(ids) != 1:
             raise AssistantRefusal(

@@ -142,6 +142,8 @@ class TransformersEngine:
     @torch.inference_mode()
     def _run(self, batch: list[_Step]) -> list[Any]:
         """One forward over what the sessions have not read, and their choices; a session's failure is its result."""
+        for step in batch:
+            step.session.recover()
         unread = [step.session for step in batch if step.session.unread]
         try:
             if unread:
@@ -155,7 +157,8 @@ class TransformersEngine:
         except Exception as error:
             if len(batch) == 1:
                 return [error]
-            return [result for step in batch for result in self._run([step])]  # whose failure is it?
+        # Here and not in the handler, where the error would keep what the forward has allocated.
+        return [result for step in batch for result in self._run([step])]  # whose failure is it?
 
 
 class TransformersSession(Tokens):
@@ -168,7 +171,7 @@ class TransformersSession(Tokens):
         self._seen: tuple[Tensor, Tensor | None]
         self.row = engine.row()
         self._closed = False
-        self._bias = sampling.logit_bias
+        self._bias = {token: bias for token, bias in sampling.logit_bias.items() if token < engine.vocab_size}
         self._seed = random.getrandbits(63) if sampling.seed is None else sampling.seed
         self._greedy = sampling.temperature == 0
         self._warpers = _warpers(sampling)
@@ -181,7 +184,9 @@ class TransformersSession(Tokens):
                 if self._closed:
                     raise AssistantError("the session is closed.")
                 token, d, assistant, asked = await self._engine.step(self, gate)
-            except RuntimeError as error:
+            except AssistantError:
+                raise
+            except Exception as error:
                 raise AssistantError(f"{self._engine.name} failed: {error}") from error
             probs = [d] if report else None
             if asked:
@@ -206,6 +211,12 @@ class TransformersSession(Tokens):
     def read(self, logits: Tensor, probs: Tensor | None) -> None:
         """The next token's logits `(1, vocabulary)` and pi `(1, K + 1)`, both float32 on the CPU."""
         self._seen, self._computed = (logits, probs), len(self._tokens)
+
+    def recover(self) -> None:
+        """Begin again where a forward that failed, of this session or another, has left the reader elsewhere."""
+        if self._engine.reader.length.get(self.row, 0) != self._computed:
+            self._engine.reader.drop(self.row)
+            self._computed = 0
 
     def choose(self, gate: Gate | None) -> tuple[int, float, int, bool]:
         """The next token, d_t, the preferred assistant, and whether the gate is open; in the engine's thread."""

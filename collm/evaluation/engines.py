@@ -11,6 +11,7 @@ from itertools import islice
 from typing import Any
 
 from collm.configuration import DeferralConfig
+from collm.decoding.routers import resolve_router, threshold_of_rate
 from collm.engines.collaboration import Request, collaborate
 from collm.engines.session import Sampling
 from collm.errors import ConfigurationError
@@ -119,7 +120,7 @@ class EngineWriter:
     def _threshold(self) -> float:
         rate = self.options.get("deferral_rate")
         if rate is not None:
-            return self.deferral.threshold_for_rate(rate)
+            return threshold_of_rate(self.deferral, rate, resolve_router(self.options.get("router")))
         return self.options.get("threshold", self.deferral.threshold)
 
     def _sampling(self, number: int) -> Sampling:

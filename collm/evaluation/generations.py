@@ -134,14 +134,3 @@ def weights_fingerprint(model: Any) -> str:
             beginning = beginning.float()
         digest.update(name.encode() + beginning.cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-def files_fingerprint(name: str) -> str:
-    """Hash of the beginning of every weight file of a local folder, for a model that is not loaded; else the name."""
-    if not Path(name).is_dir():
-        return name
-    digest = hashlib.sha256()
-    for path in sorted(Path(name).glob("*.safetensors")):
-        with open(path, "rb") as file:
-            digest.update(f"{path.name} {path.stat().st_size}".encode() + file.read(2**20))
-    return digest.hexdigest()[:16]

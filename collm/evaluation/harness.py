@@ -34,7 +34,8 @@ class CoLLMHarness(HFLM):
 
     Args:
         pretrained (`str`): a deferral checkpoint.
-        assistant (`str`): names of the assistants, several separated by `;`.
+        assistant (`str`, *optional*): names of the assistants, several separated by `;`; by default as the checkpoint
+            says.
         threshold, deferral_rate (`float`, *optional*): when to ask; the checkpoint's threshold by default.
         router, combiner (`str`, *optional*): as in `generate`.
         dtype (`str`, *optional*, defaults to `"auto"`): of base and assistants.
@@ -45,7 +46,7 @@ class CoLLMHarness(HFLM):
     def __init__(
         self,
         pretrained: str,
-        assistant: str,
+        assistant: str = "",
         threshold: float | None = None,
         deferral_rate: float | None = None,
         router: str | None = None,
@@ -90,7 +91,7 @@ class CoLLMHarness(HFLM):
 
         results: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
         order = sorted(range(len(requests)), key=lambda i: -len(requests[i][1]) - len(requests[i][2]))
-        size = int(override_bs or self.batch_size)
+        size = override_bs or (self.max_batch_size if self.batch_size == "auto" else self.batch_size)
         with tqdm(total=len(requests), desc="loglikelihood", disable=disable_tqdm or None) as bar:
             while order:
                 batch = order[:size]
@@ -116,19 +117,19 @@ class CoLLMHarness(HFLM):
     def _score(self, rows: list[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
         """Marginal log-likelihood (nats) of each continuation after its context, and whether greedy decoding of the
         mixture writes it. Rows longer than the models read lose the beginning of their context."""
-        pairs = [self._cut(context, continuation) for context, continuation in rows]
+        read = [(context + said)[-self.max_length - 1 : -1] for context, said in rows]  # not the last: nothing follows
+        pairs = [(ids, said[-len(ids) :]) for ids, (_, said) in zip(read, rows, strict=True)]
         width = max(len(ids) for ids, _ in pairs)
         ids = torch.tensor([row + [0] * (width - len(row)) for row, _ in pairs])
-        keep = width - min(len(row) - count for row, count in pairs) + 1
+        keep = width - min(len(row) - len(said) for row, said in pairs)
         base = self.model(ids.to(self.model.device), logits_to_keep=keep, use_cache=False)
         others = [a(ids.to(a.device), logits_to_keep=keep, use_cache=False).logits for a in self.assistants]
         results = []
-        for i, (row, count) in enumerate(pairs):
-            start = len(row) - count - 1 - (width - keep)  # the position that predicts the first continuation token
-            part = slice(start, start + count)
-            tokens = torch.tensor(row[len(row) - count :])
+        for i, (row, said) in enumerate(pairs):
+            start = len(row) - len(said) - (width - keep)  # the position that predicts the first continuation token
+            part = slice(start, start + len(said))
             logprobs, greedy = self._mixture(
-                base.logits[i, part], [o[i, part] for o in others], base.deferral_logits[i, part], tokens
+                base.logits[i, part], [o[i, part] for o in others], base.deferral_logits[i, part], torch.tensor(said)
             )
             results.append((float(logprobs.double().sum()), bool(greedy.all())))
         return results
@@ -150,11 +151,6 @@ class CoLLMHarness(HFLM):
             logprobs.append(mixture.gather(-1, chosen.unsqueeze(-1)).squeeze(-1).cpu())
             greedy.append((mixture.argmax(-1) == chosen).cpu())
         return torch.cat(logprobs), torch.cat(greedy)
-
-    def _cut(self, context: list[int], continuation: list[int]) -> tuple[list[int], int]:
-        # The last token is read too although nothing is predicted from it: rows keep one shape.
-        ids = (context + continuation)[-self.max_length :]
-        return ids, min(len(continuation), len(ids) - 1)
 
 
 class StopAt(StoppingCriteria):

@@ -49,13 +49,17 @@ def bootstrap_interval(
 
 
 def paired_bootstrap(
-    first: Sequence[float], second: Sequence[float], level: float = 0.95, resamples: int = 10_000, seed: int = 0
+    first: Sequence[float | None],
+    second: Sequence[float | None],
+    level: float = 0.95,
+    resamples: int = 10_000,
+    seed: int = 0,
 ) -> dict[str, float]:
     """
     Difference of two systems on the same problems, resampled by problem (Koehn, 2004).
 
     Args:
-        first (sequence of `float`): score of the first system per problem.
+        first (sequence of `float`): score of the first system per problem; None for one that the metric is not for.
         second (sequence of `float`): score of the second system on the same problems in the same order.
 
     Returns:
@@ -63,13 +67,14 @@ def paired_bootstrap(
         of resamples on the other side of zero).
 
     Raises:
-        `ValueError`: if the lengths differ or are 0.
+        `ValueError`: if the lengths differ, or no problem has a score of both.
     """
     import numpy as np
 
     if len(first) != len(second):
         raise ValueError(f"a paired comparison needs the same problems: got {len(first)} and {len(second)} scores")
-    differences = np.asarray(first, dtype=np.float64) - np.asarray(second, dtype=np.float64)
+    pairs = [(a, b) for a, b in zip(first, second, strict=True) if a is not None and b is not None]
+    differences = np.array([a - b for a, b in pairs], dtype=np.float64)
     if differences.size == 0:
         raise ValueError("an interval needs at least one value")
     generator = np.random.default_rng(seed)

@@ -20,7 +20,7 @@ from torch import Tensor
 from collm.data.scoring import LOGITS_PER_CHUNK, plan_batches, score_batch
 from collm.errors import ConfigurationError, did_you_mean
 from collm.losses import deferral_probabilities, log_joint, uncertainty_features
-from collm.modeling import lm_head_logits
+from collm.modeling import decoder_path, lm_head_logits
 
 Text = tuple[list[int], list[int]]  # input_ids, labels (-100 = not a target)
 
@@ -181,7 +181,7 @@ def base_uncertainty(model: Any, texts: Sequence[Text]) -> list[dict[str, np.nda
     result = []
     for text in texts:
         ids, labels = _right_padded([text])
-        hidden = model.base_model(input_ids=ids.to(model.device), use_cache=False)[0]
+        hidden = model.get_submodule(decoder_path(model))(input_ids=ids.to(model.device), use_cache=False)[0]
         hidden = hidden[:, :-1][(labels[:, 1:] != -100).to(hidden.device)]
         rows = []
         for part in hidden.split(size):
@@ -215,7 +215,7 @@ def other_choices(model: Any, assistants: Sequence[Any], text: Text, source: Seq
 
 def _first_choices(model: Any, ids: Tensor, labels: Tensor) -> list[int]:
     size = max(1, LOGITS_PER_CHUNK // model.get_output_embeddings().weight.shape[0])
-    hidden = model.base_model(input_ids=ids.to(model.device), use_cache=False)[0]
+    hidden = model.get_submodule(decoder_path(model))(input_ids=ids.to(model.device), use_cache=False)[0]
     hidden = hidden[:, :-1][(labels[:, 1:] != -100).to(hidden.device)]
     return [t for part in hidden.split(size) for t in lm_head_logits(model, part.unsqueeze(0))[0].argmax(-1).tolist()]
 

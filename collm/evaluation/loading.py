@@ -12,8 +12,9 @@ import torch
 
 from collm.data.tokenizers import check_same_tokenizer, checkpoint_tokenizer
 from collm.errors import AssistantError, ConfigurationError
-from collm.evaluation.generations import files_fingerprint, weights_fingerprint
+from collm.evaluation.generations import weights_fingerprint
 from collm.evaluation.runner import ModelWriter, Writer
+from collm.fingerprints import files_fingerprint
 
 # Names as `collm serve` has them.
 ENGINES: dict[str, Literal["vllm", "transformers"]] = {"vllm": "vllm", "sessions": "transformers"}
@@ -76,8 +77,7 @@ def load_team(
     Args:
         checkpoint, assistants, dtype, device: as for [`load_models`].
         engine (`str`, *optional*, defaults to `"transformers"`): "transformers" (`generate`), "vllm", or "sessions"
-        (the
-            serving engine over transformers).
+            (the serving engine over transformers).
         engine_args, assistant_engine_args (`str`, *optional*): JSON for the engines, as in `collm serve`.
         max_new_tokens, seed: of the writers.
 
@@ -121,15 +121,22 @@ def load_team(
     }
     writer = EngineWriter(service.base, service.assistants, **common)
     alone = [EngineWriter(one, (), **common, loop=writer.loop) for one in (service.base, *service.assistants)]
-    weights = [weights_fingerprint(model), *(files_fingerprint(name) for name in names)]
+    unloaded = [described(name) for name in names]
+    identity = {
+        "weights": [weights_fingerprint(model), *(fingerprint for fingerprint, _ in unloaded)],
+        "dtype": dtype,
+        "engine": engine,
+        "engine_args": serve.engine_options(engine_args),
+        "assistant_engine_args": serve.engine_options(assistant_engine_args),
+    }
     return Team(
         model,
         service.tokenizer,
         [short_name(name) for name in (checkpoint, *names)],
         writer,
         [*alone],
-        [num_parameters(model), *(parameters_of(name) for name in names)],
-        {"weights": weights, "dtype": dtype, "engine": engine},
+        [num_parameters(model), *(parameters for _, parameters in unloaded)],
+        identity,
         [writer],
     )
 
@@ -156,17 +163,18 @@ def load_single(
     names = [short_name(name)]
     if engine == "transformers":
         model = load_plain(name, dtype, device)
-        identity = {"weights": [weights_fingerprint(model)], "dtype": str(model.dtype)}
+        identity: dict[str, Any] = {"weights": [weights_fingerprint(model)], "dtype": str(model.dtype)}
         writer = replace(team.writer, model=model, assistants=())
         return Team(model, team.tokenizer, names, writer, [writer], [num_parameters(model)], identity)
 
     from collm.commands import serve
 
-    parameters = parameters_of(name)
+    fingerprint, parameters = described(name)
     arguments = serve.Arguments(name, dtype=dtype, engine_args=engine_args)
-    one = serve.start_engine(ENGINES[engine], arguments, name, serve.engine_options(engine_args), serve.Place(None, 1))
+    options = serve.engine_options(engine_args)
+    one = serve.start_engine(ENGINES[engine], arguments, name, options, serve.Place(None, 1))
     writer = replace(team.writer, base=one, assistants=(), loop=asyncio.Runner())
-    identity = {"weights": [files_fingerprint(name)], "dtype": dtype, "engine": engine}
+    identity = {"weights": [fingerprint], "dtype": dtype, "engine": engine, "engine_args": options}
     return Team(None, team.tokenizer, names, writer, [writer], [parameters], identity, [writer])
 
 
@@ -234,8 +242,8 @@ def num_parameters(model: Any) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def parameters_of(name: str) -> int:
-    """Parameters of a model that is not loaded here, by its config.
+def described(name: str) -> tuple[str, int]:
+    """Fingerprint and number of parameters of a model that is not loaded here.
 
     Raises:
         [`AssistantError`]: it has no config of a causal language model.
@@ -243,8 +251,9 @@ def parameters_of(name: str) -> int:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
+        config = AutoConfig.from_pretrained(name)
         with torch.device("meta"):
-            return num_parameters(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name)))
+            return files_fingerprint(name, config), num_parameters(AutoModelForCausalLM.from_config(config))
     except (OSError, ValueError) as error:
         raise AssistantError(f'the model "{name}" cannot be loaded: {error}') from error
 

@@ -30,7 +30,8 @@ Row = Mapping[str, Any]
 class Score:
     """
     Args:
-        values (`dict[str, float]`): metric names to values in [0, 1]; the first is the headline.
+        values (`dict[str, float]`): metric names to values in [0, 1]; the first is the headline. Empty: a user's metric
+            could read no answer, which counts as 0 under every name.
         answer (`str`, *optional*): the answer as read from the text; None where none could be read ("unparsable").
     """
 
@@ -48,9 +49,9 @@ def gsm8k(row: Row, text: str, truncated: bool = False) -> Score:
     The answer is the last of `#### number`, `\\boxed{...}` and "answer is ..."; else, in a text that is complete, its
     last number. A `#` elsewhere (a heading, "#### Step 2") is no answer.
     """
-    gold = number_answer(str(row["answer"]))
+    gold = number_answer(str(row.get("answer")))
     if gold is None:
-        raise DataFormatError(f"GSM8K needs a number in `answer`; got {row['answer']!r}")
+        raise DataFormatError(f"GSM8K needs a number in `answer`; got {row.get('answer')!r}")
     answer = number_answer(text, explicit_only=truncated)
     return Score({"accuracy": float(answer is not None and same_answer(gold, answer))}, answer)
 
@@ -87,14 +88,20 @@ def bioasq(row: Row, text: str, truncated: bool = False) -> Score:
     An answer stands at the beginning of the text: "yes" or "no", or one item per line, as bullets or numbers where
     there are several; what follows after them is explanation.
     """
-    kind = row["type"]
+    kind = row.get("type")
+    if kind not in BIOASQ_REFERENCES:
+        raise DataFormatError(f'BioASQ has no question type "{kind}"; it has {", ".join(BIOASQ_REFERENCES)}')
+    column = BIOASQ_REFERENCES[kind]
+    references = row.get(column) or []
+    if not any(_flat(references)):
+        raise DataFormatError(f"BioASQ needs `{column}` for a {kind} question; got {row.get(column)!r}")
     if kind == "yesno":
-        gold = _flat(row["exact_answer"])[0].lower()
+        gold = _flat(references)[0].lower()
         found = re.match(r"\W*(yes|no)\b", text, re.IGNORECASE)
         answer = found.group(1).lower() if found else None
         return Score({"yesno_accuracy": float(answer == gold)}, answer)
     if kind == "factoid":
-        synonyms = {normalised(name) for name in _flat(row["exact_answer"])}
+        synonyms = {normalised(name) for name in _flat(references)}
         candidates = items(text)[:5]
         ranks = [rank for rank, candidate in enumerate(candidates, 1) if normalised(candidate) in synonyms]
         values = {
@@ -104,22 +111,20 @@ def bioasq(row: Row, text: str, truncated: bool = False) -> Score:
         }
         return Score(values, "; ".join(candidates) or None)
     if kind == "list":
-        references = [{normalised(name) for name in _flat(item)} for item in row["exact_answer"]]
+        wanted = [{normalised(name) for name in _flat(item)} for item in references]
         found_items = items(text, several=True)
-        unmatched = list(references)
+        unmatched = list(wanted)
         for item in found_items:
             match = next((r for r in unmatched if normalised(item) in r), None)
             if match is not None:
                 unmatched.remove(match)
-        hits = len(references) - len(unmatched)
+        hits = len(wanted) - len(unmatched)
         precision = hits / len(found_items) if found_items else 0.0
-        recall = hits / len(references) if references else 0.0
+        recall = hits / len(wanted)
         f1 = 2 * precision * recall / (precision + recall) if hits else 0.0
         values = {"list_f1": f1, "list_precision": precision, "list_recall": recall}
         return Score(values, "; ".join(found_items) or None)
-    if kind == "summary":
-        return Score(rouge(_flat(row["ideal_answer"]), text), text.strip() or None)
-    raise DataFormatError(f'BioASQ has no question type "{kind}"; it has yesno, factoid, list and summary')
+    return Score(rouge(_flat(references), text), text.strip() or None)
 
 
 def exact_match(row: Row, text: str, truncated: bool = False) -> Score:
@@ -131,6 +136,13 @@ def exact_match(row: Row, text: str, truncated: bool = False) -> Score:
     answer = text.strip()
     return Score({"exact_match": float(normalised(answer) == normalised(str(gold)))}, answer or None)
 
+
+BIOASQ_REFERENCES = {
+    "yesno": "exact_answer",
+    "factoid": "exact_answer",
+    "list": "exact_answer",
+    "summary": "ideal_answer",
+}
 
 METRICS: dict[str, Metric] = {"gsm8k": gsm8k, "math": math, "bioasq": bioasq, "exact_match": exact_match}
 
@@ -173,11 +185,12 @@ def _user_metric(function: Callable[[Row, str], Any], name: str) -> Metric:
         if isinstance(result, Score):
             return result
         if result is None:
-            return Score({name: 0.0}, None)
+            return Score({}, None)
         if isinstance(result, Mapping):
             return Score({str(key): float(value) for key, value in result.items()}, text)
         return Score({name: float(result)}, text)
 
+    metric.__name__ = name
     return metric
 
 
@@ -192,8 +205,8 @@ STATED = re.compile(r"\banswer(?:\s+is|\s*:|\s*=)(?:\s*:)?\s*([^\n]+)", re.IGNOR
 def number_answer(text: str, explicit_only: bool = False) -> str | None:
     """The final number of a solution, without thousands separators; an expression where `\\boxed{}` holds one."""
     explicit = [(match.end(), match.group(1)) for match in HASHES.finditer(text)]
-    if (content := boxed(text)) is not None:
-        explicit.append((text.rindex("boxed"), content))
+    if (box := _last_box(text)) is not None:
+        explicit.append(box)
     for match in STATED.finditer(text):
         numbers = re.findall(NUMBER, match.group(1).split(". ")[0])
         if numbers:
@@ -206,19 +219,26 @@ def number_answer(text: str, explicit_only: bool = False) -> str | None:
 
 def boxed(text: str) -> str | None:
     """Content of the last complete `\\boxed{...}` (braces balanced) or `\\fbox{...}`; None where there is none."""
+    box = _last_box(text)
+    return box and box[1]
+
+
+def _last_box(text: str) -> tuple[int, str] | None:
+    """Where it begins, and its content."""
     for match in reversed(list(re.finditer(r"\\f?boxed\s*\{|\\fbox\s*\{", text))):
         depth = 1
         for position in range(match.end(), len(text)):
             depth += {"{": 1, "}": -1}.get(text[position], 0)
             if depth == 0:
-                return text[match.end() : position].strip() or None
+                content = text[match.end() : position].strip()
+                return (match.start(), content) if content else None
     return None
 
 
 def stated(text: str) -> str | None:
-    """What follows the last "answer is" or "answer:" on its line, without the full stop."""
+    """What follows the last "answer is" or "answer:" on its line, without emphasis and the full stop."""
     matches = STATED.findall(text)
-    return matches[-1].strip().rstrip(".").strip() or None if matches else None
+    return matches[-1].strip().lstrip(" *_").rstrip(" *_.") or None if matches else None
 
 
 def items(text: str, several: bool = False) -> list[str]:

@@ -119,7 +119,17 @@ class DecodingOptions:
     top_p: float = field(default=1.0, metadata={"help": "nucleus of sampling"})
 
     def arguments(self) -> dict[str, Any]:
-        """Arguments of `generate`."""
+        """
+        Arguments of `generate`.
+
+        Raises:
+            [`ConfigurationError`]: a threshold and a deferral rate.
+        """
+        if self.threshold is not None and self.deferral_rate is not None:
+            raise ConfigurationError(
+                "--threshold and --deferral-rate say two things: the calibration table turns a rate into a threshold. "
+                "Pass one of them."
+            )
         asked = {
             "threshold": self.threshold,
             "deferral_rate": self.deferral_rate,

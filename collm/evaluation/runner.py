@@ -2,8 +2,9 @@
 Evaluation of one way to write texts: prompts in, generations kept on disk, metrics with intervals out.
 
 1. [`make_problems`]: rows of a data file become token ids of prompts.
-2. [`generate_all`]: a [`Writer`] writes what the store does not hold yet.
-3. [`summarise`]: every text is scored; truncated and unparsable ones are counted apart.
+2. [`check_references`]: what a metric could not score is refused before anything is written.
+3. [`generate_all`]: a [`Writer`] writes what the store does not hold yet.
+4. [`summarise`]: every text is scored; truncated and unparsable ones are counted apart.
 """
 
 from __future__ import annotations
@@ -12,18 +13,18 @@ import json
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import Any, Protocol
 
 import torch
 
-from collm.data.chat import Chat, bos, encode, message
+from collm.data.chat import Chat, Dropped, bos, encode, message
 from collm.data.tasks import get_task
-from collm.errors import DataFormatError
+from collm.errors import ConfigurationError, DataFormatError
 from collm.evaluation.generations import Generation, GenerationStore, data_fingerprint
 from collm.evaluation.intervals import bootstrap_interval, wilson_interval
-from collm.evaluation.metrics import Metric, Score
+from collm.evaluation.metrics import METRICS, Metric, Score
 
 
 @dataclass(frozen=True)
@@ -54,15 +55,16 @@ def make_problems(
     Prompts of a data set, as training formats them.
 
     A row has `prompt` (a string or a list of messages), or `messages` whose last turn is the reference, or the columns
-    of
-    `task`. Strings become one turn of a conversation where there is a chat template.
+    of `task`. Strings become one turn of a conversation where there is a chat template; elsewhere a line break follows
+    those of a task.
 
     Args:
-        instruction (`str`, *optional*): appended to the question after a blank line.
+        instruction (`str`, *optional*): appended to the last question after a blank line.
         system_prompt (`str`, *optional*): the conversation's system message.
 
     Raises:
-        [`DataFormatError`]: a row has none of these columns.
+        [`DataFormatError`]: a row has none of these columns, or nothing in them.
+        [`ConfigurationError`]: messages or a system prompt, but no chat template.
     """
     convert = get_task(task) if task is not None else dict
     chat = Chat(tokenizer, chat_template)
@@ -71,22 +73,57 @@ def make_problems(
         try:
             row = json.loads(row["bioasq"]) if "bioasq" in row else dict(row)
             made = convert(row)
-            asked = made["messages"][:-1] if "messages" in made else made["prompt"]
+            if made.get("messages") is not None:
+                made = {"prompt": made["messages"][:-1]}
+            asked = put(made, bool(chat.template), instruction, system_prompt)["prompt"]
+            if isinstance(asked, str):
+                prompt, ids = asked, bos(tokenizer) + encode(tokenizer, asked + "\n" * (task is not None))
+            else:
+                prompt, ids = asked[-1]["content"], encode(tokenizer, chat.render(asked, add_generation_prompt=True))
         except KeyError as error:
-            raise DataFormatError(
-                f"Row {number} has no {error}: it needs prompt, messages, or a task's columns"
-            ) from error
-        if isinstance(asked, str):
-            asked = f"{asked}\n\n{instruction}" if instruction else asked
-            if not chat.template:
-                problems.append(Problem(number, row, asked, bos(tokenizer) + encode(tokenizer, asked)))
-                continue
-            asked = [message("user", asked)]
-        if system_prompt is not None:
-            asked = [message("system", system_prompt), *[m for m in asked if m["role"] != "system"]]
-        ids = encode(tokenizer, chat.render(asked, add_generation_prompt=True))
-        problems.append(Problem(number, row, asked[-1]["content"], ids))
+            raise DataFormatError(f"Row {number} has no {error}, which its task or a message needs") from error
+        except (DataFormatError, Dropped) as error:
+            raise DataFormatError(f"Row {number}: {error}") from error
+        problems.append(Problem(number, row, prompt, ids))
     return problems
+
+
+def put(
+    row: Mapping[str, Any], as_conversation: bool, instruction: str | None = None, system_prompt: str | None = None
+) -> dict[str, Any]:
+    """
+    A row of `messages` or `prompt`, its question as it is put to the models.
+
+    Args:
+        as_conversation (`bool`): a string becomes a message of the user, its `completion` one of the assistant.
+        instruction, system_prompt: as for [`make_problems`].
+
+    Raises:
+        [`DataFormatError`]: nothing is asked.
+        [`ConfigurationError`]: a system prompt for a string.
+    """
+    name = "prompt" if row.get("messages") is None else "messages"
+    asked, rest = row.get(name), dict(row)
+    if not asked:
+        raise DataFormatError(
+            "it asks nothing: it needs a prompt, messages of which the last is the reference, or a task's columns"
+        )
+    if isinstance(asked, str) and as_conversation:
+        asked = [message("user", asked)]
+        rest["completion"] = [message("assistant", row["completion"])] if row.get("completion") else []
+    if isinstance(asked, str):
+        if system_prompt is not None:
+            raise ConfigurationError("a system prompt needs a conversation: give a chat template, or rows of messages")
+        return {**rest, name: f"{asked}\n\n{instruction}" if instruction else asked}
+    if instruction:
+        last = max((i for i, said in enumerate(asked) if said["role"] == "user"), default=None)
+        if last is None:
+            raise DataFormatError("it has no message of the user to append the instruction to")
+        question = {**asked[last], "content": f"{asked[last]['content']}\n\n{instruction}"}
+        asked = [*asked[:last], question, *asked[last + 1 :]]
+    if system_prompt is not None:
+        asked = [message("system", system_prompt), *(said for said in asked if said["role"] != "system")]
+    return {**rest, name: asked}
 
 
 def problems_fingerprint(problems: Iterable[Problem]) -> str:
@@ -208,6 +245,18 @@ def generate_all(
     return [store.done[problem.id] for problem in problems]
 
 
+def check_references(problems: Sequence[Problem], metric: Metric) -> None:
+    """
+    Before anything is written: can the metric score these rows? A metric of the user's is not asked.
+
+    Raises:
+        [`DataFormatError`]: a row has no reference that the metric could compare with.
+    """
+    if metric in METRICS.values():
+        for problem in problems:
+            _score(metric, problem, "", True)
+
+
 def summarise(
     problems: Sequence[Problem],
     generations: Sequence[Generation],
@@ -227,15 +276,19 @@ def summarise(
         "tokens", "deferral_rate" (assistants' tokens over all tokens), "deferral_rates" (by assistant),
         "seconds_per_token", "active_parameters" (base + sum of rate times assistant, per generated token), and
         "records", one per problem.
+
+    Raises:
+        [`DataFormatError`]: as [`check_references`].
     """
-    scores = [metric(p.row, g.text, g.truncated) for p, g in zip(problems, generations, strict=True)]
-    names = list(dict.fromkeys(name for score in scores for name in score.values))
+    scores = [_score(metric, p, g.text, g.truncated) for p, g in zip(problems, generations, strict=True)]
+    names = list(dict.fromkeys(name for score in scores for name in score.values)) or [metric.__name__]
+    scores = [score if score.values else replace(score, values=dict.fromkeys(names, 0.0)) for score in scores]
     metrics = {name: _mean([score.values[name] for score in scores if name in score.values]) for name in names}
     tokens = sum(len(g.token_ids) for g in generations) or 1
     count = max([len(parameters) - 1, 0, *(writer for g in generations for writer in g.source)])
     rates = [sum(g.source.count(k) for g in generations) / tokens for k in range(1, count + 1)]
     return {
-        "headline": names[0] if names else None,
+        "headline": names[0],
         "metrics": metrics,
         "problems": len(problems),
         "truncated": sum(g.truncated for g in generations),
@@ -254,9 +307,16 @@ def summarise(
     }
 
 
-def headline_scores(summary: Mapping[str, Any]) -> list[float]:
-    """The headline metric per problem (0 for a problem whose kind has other metrics): what paired comparisons take."""
-    return [record["scores"].get(summary["headline"], 0.0) for record in summary["records"]]
+def headline_scores(summary: Mapping[str, Any]) -> list[float | None]:
+    """The headline metric per problem (None where its kind has other metrics): what paired comparisons take."""
+    return [record["scores"].get(summary["headline"]) for record in summary["records"]]
+
+
+def _score(metric: Metric, problem: Problem, text: str, truncated: bool) -> Score:
+    try:
+        return metric(problem.row, text, truncated)
+    except DataFormatError as error:
+        raise DataFormatError(f"Row {problem.id}: {error}") from error
 
 
 def _record(score: Score) -> dict[str, Any]:

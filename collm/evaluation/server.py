@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from typing import Any
 
-from collm.errors import AssistantError
+from collm.errors import AssistantError, ConfigurationError
 from collm.evaluation.generations import Generation
 from collm.evaluation.runner import Problem
 
@@ -16,19 +16,21 @@ from collm.evaluation.runner import Problem
 @dataclass
 class ServerWriter:
     """
-    Writes through `/completions`. Prompts go as token ids, so that the text is exactly
-    what a local run reads; `collm serve` and vLLM take them.
+    Writes through `/completions`. Prompts go as token ids, so that the text is exactly what a local run reads;
+    `collm serve` and vLLM take them.
 
     Args:
         url (`str`): with or without `/v1`.
         tokenizer (`PreTrainedTokenizerBase`): the base's.
-        options (`dict`): `threshold` or `deferral_rate`, `temperature`, `top_p`; the rest of `generate`'s is refused.
+        options (`dict`): arguments of `generate` that requests have: `threshold` or `deferral_rate`, `router`,
+            `temperature`, `top_p`.
         max_new_tokens (`int`): length limit.
         seed (`int`): of sampling; every problem has its own.
         timeout (`float`, *optional*, defaults to 600): seconds for one answer.
 
     Raises:
-        [`AssistantError`]: the server cannot be reached, or refuses a request.
+        [`ConfigurationError`]: a combiner other than "assistant": servers do not blend distributions.
+        [`AssistantError`]: the server cannot be reached, refuses a request, or answers without token ids.
     """
 
     url: str
@@ -42,6 +44,8 @@ class ServerWriter:
     def __post_init__(self) -> None:
         import httpx
 
+        if self.options.get("combiner") not in (None, "assistant"):
+            raise ConfigurationError("combiners need whole distributions, which a server keeps: leave --server out")
         root = self.url.rstrip("/")
         self._client = httpx.Client(base_url=root if root.endswith("/v1") else f"{root}/v1", timeout=self.timeout)
         self.model = self._request("GET", "/models")["data"][0]["id"]
@@ -64,7 +68,7 @@ class ServerWriter:
                 pool.shutdown(cancel_futures=True)
 
     def _ask(self, problem: Problem) -> dict[str, Any]:
-        names = ("threshold", "deferral_rate", "temperature", "top_p")
+        names = ("threshold", "deferral_rate", "router", "temperature", "top_p")
         body = {name: self.options[name] for name in names if name in self.options}
         body = {"temperature": 0.0, **body, "model": self.model, "prompt": problem.prompt_ids}
         body |= {"max_tokens": self.max_new_tokens, "seed": self.seed + problem.id}
@@ -72,7 +76,9 @@ class ServerWriter:
         return self._request("POST", "/completions", json=body)["choices"][0]
 
     def _generation(self, problem: Problem, choice: dict[str, Any], seconds: float) -> Generation:
-        ids = choice["token_ids"]
+        ids = choice.get("token_ids")
+        if ids is None:
+            raise AssistantError(f"the server {self.url} answers without token_ids: `collm serve` and vLLM give them")
         source = choice.get("source") or [0] * len(ids)
         text = self.tokenizer.decode(ids, skip_special_tokens=True)
         truncated = choice["finish_reason"] == "length"

@@ -41,6 +41,31 @@ EVERYWHERE = ("mixture", "contrastive", "proxy_tuning")
 METHODS = ("base", "assistant", *AT_A_RATE, *EVERYWHERE, "oracle")
 
 
+def lacks(method: str, untuned: bool, calibration: bool, engine: str = "transformers") -> str | None:
+    """
+    What a method needs and does not have, known before any model is loaded; None where it can be measured.
+
+    Args:
+        untuned (`bool`): whether there is the base before tuning.
+        calibration (`bool`): whether there are problems to set thresholds on.
+        engine (`str`, *optional*): as for [`~collm.evaluation.loading.load_team`].
+
+    Raises:
+        [`ConfigurationError`]: an unknown method.
+    """
+    if method not in METHODS:
+        raise ConfigurationError(
+            f'There is no method "{method}"; there are {", ".join(METHODS)}.{did_you_mean(method, METHODS)}'
+        )
+    if method in (*EVERYWHERE, "margin") and engine != "transformers":
+        return "whole distributions, which engines keep: --engine transformers"
+    if method == "proxy_tuning" and not untuned:
+        return "the base before tuning: --untuned NAME"
+    if method in AT_A_RATE and method not in ("learned", "random") and not calibration:
+        return "problems to set its threshold on that are not reported: --calibration-problems"
+    return None
+
+
 @dataclass
 class Sweep:
     """
@@ -75,12 +100,10 @@ class Sweep:
         The points of one method: one per rate, or one where a method has no rate.
 
         Raises:
-            [`ConfigurationError`]: an unknown method, or proxy tuning without its third model.
+            [`ConfigurationError`]: an unknown method, or one that lacks something.
         """
-        if method not in METHODS:
-            raise ConfigurationError(
-                f'There is no method "{method}"; there are {", ".join(METHODS)}.{did_you_mean(method, METHODS)}'
-            )
+        if missing := lacks(method, self.untuned is not None, bool(self.calibration)):
+            raise ConfigurationError(f"{method} needs {missing}")
         if method == "base":
             return [self.alone("base", self.team.alone[0], self.team.parameters[0])]
         if method == "assistant":
@@ -95,8 +118,6 @@ class Sweep:
         if method in EVERYWHERE:
             combiner: dict[str, Any] = {"name": method}
             if method == "proxy_tuning":
-                if self.untuned is None:
-                    raise ConfigurationError("proxy_tuning needs the base before tuning: --untuned NAME")
                 combiner["untuned"] = self.untuned
             return [self.point(method, {"router": "always", "combiner": combiner})]
         if method == "random":

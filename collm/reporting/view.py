@@ -69,12 +69,14 @@ class TokenView:
         token ids, None where unknown. `details` are the fields of [`TokenView`].
         """
         keep = [t for t, writer in enumerate(source) if int(writer) >= 0]
-        texts = token_texts(tokenizer, [int(ids[t]) for t in keep])
+        written = [int(ids[t]) for t in keep]
         tokens = []
-        for text, t in zip(texts, keep, strict=True):
+        for n, (text, t) in enumerate(zip(token_texts(tokenizer, written), keep, strict=True)):
             deferral = None if deferral_probs is None else float(deferral_probs[t])
             other = None if alternatives is None else alternatives[t]
-            alternative = None if other is None else tokenizer.decode([int(other)], clean_up_tokenization_spaces=False)
+            alternative = None if other is None else text
+            if other is not None and int(other) != written[n]:  # as it would read behind the same tokens
+                alternative = token_texts(tokenizer, [*written[max(0, n - 8) : n], int(other)])[-1]
             tokens.append(Token(text, int(source[t]), deferral, alternative))
         return cls(tokens, **details)
 

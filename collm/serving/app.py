@@ -167,8 +167,9 @@ def _answers(
     Raises:
         CoLLMError: what the schema cannot know: model, lengths, token ids, router.
     """
-    threshold = service.threshold_of(body.model, body.threshold, body.deferral_rate)
-    gate_of(resolve_router(body.router), threshold)
+    router = resolve_router(body.router)
+    threshold = service.threshold_of(body.model, body.threshold, body.deferral_rate, router)
+    gate_of(router, threshold, len(service.assistants))
     room = service.max_length - max(len(prompt) for prompt in [prompt_ids, *(own or [])])
     limit = max_tokens or min(room, service.limits.max_tokens or room)
     if service.limits.max_tokens and limit > service.limits.max_tokens:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from collm.configuration import DeferralConfig
+from collm.decoding.routers import Router, learned, threshold_of_rate
 from collm.engines.collaboration import Asked, Request, Written, collaborate
 from collm.engines.session import Engine
 from collm.errors import AssistantRefusal, CoLLMError
@@ -130,12 +131,14 @@ class Service:
 
     # ------------------------------------------------------------------------------------------------- thresholds
 
-    def threshold_of(self, model: str, threshold: float | None, rate: float | None) -> float:
+    def threshold_of(
+        self, model: str, threshold: float | None = None, rate: float | None = None, router: Router = learned
+    ) -> float:
         """The threshold of a request: from its model name (`name@0.6`, `name@rate=0.2`), its fields, or the server's.
 
         Raises:
             UnknownModelError: another model.
-            CalibrationError: a rate, and the checkpoint has no table that answers it.
+            CalibrationError: a rate, and the checkpoint has no table that answers it, or not for this router.
             CoLLMError: the name and the fields both say something, or what follows `@` is not a threshold.
         """
         suffix = model.removeprefix(self.name)
@@ -146,7 +149,7 @@ class Service:
                 raise CoLLMError("The model name and the request's fields both set the threshold; use one of them.")
             threshold, rate = self._parse(suffix[1:])
         if rate is not None:
-            return self.deferral.threshold_for_rate(rate)
+            return threshold_of_rate(self.deferral, rate, router)
         return self.threshold if threshold is None else threshold
 
     @staticmethod

@@ -7,12 +7,13 @@ from typing import Any, Literal
 
 from transformers import TrainingArguments
 
-from collm.errors import ConfigurationError
+from collm.errors import ConfigurationError, did_you_mean
 
 from .solver import DEFAULT_L2
-from .zinit import DEFAULT_MAX_TOKENS
+from .zinit import DEFAULT_MAX_TOKENS, check_held_out, check_weight
 
-FINISHED_FILE = "collm_training.json"
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+GIVEN = {"nargs": "?", "const": True}  # `--option` means true, as for options that are true or false by default
 
 
 @dataclass
@@ -52,16 +53,17 @@ class TrainArguments(TrainingArguments):
         default=None, metadata={"help": "sdpa, flash_attention_2, kernels-community/flash-attn3, ..."}
     )
     # The head.
-    features: list[str] = field(
-        default_factory=lambda: ["hidden", "uncertainty"],
-        metadata={"help": "what a new head sees; the paper's: hidden"},
+    features: list[str] | None = field(
+        default=None, metadata={"help": "what a new head sees: hidden uncertainty unless given; the paper's: hidden"}
     )
-    bias: bool = field(default=False, metadata={"help": "give a new head a bias"})
+    bias: bool | None = field(default=None, metadata={"help": "give a new head a bias", **GIVEN})
     deferral_cost: float = field(
         default=0.2, metadata={"help": "nats per deferred token added to the loss; 0 is the paper"}
     )
     # Z-initialisation.
-    z_initialization: bool = field(default=True, metadata={"help": "start the head from pseudo-labels"})
+    z_initialization: bool | None = field(
+        default=None, metadata={"help": "start the head from pseudo-labels; unless given, a new one alone", **GIVEN}
+    )
     z_method: Literal["a", "b"] = field(
         default="a",
         metadata={"help": 'label "assistant" where the base is wrong and (a) an assistant is right, (b) always'},
@@ -119,6 +121,14 @@ class TrainArguments(TrainingArguments):
             raise ConfigurationError("accelerate shards on accelerators only: with use_cpu, fsdp would train by DDP.")
         if self.mode == "head" and self.objective == "sft":
             raise ConfigurationError("objective sft trains a model without a head; it cannot go with mode head.")
+        if self.mode == "head" and self.eval_data is not None:
+            raise ConfigurationError("mode head measures on head_held_out, a share of its rows; leave eval_data away.")
+        check_weight(self.positive_weight)
+        check_held_out(self.head_held_out)
+        if self.dtype not in DTYPES:
+            raise ConfigurationError(
+                f'dtype is "{self.dtype}"; it can be {", ".join(DTYPES)}.{did_you_mean(self.dtype, DTYPES)}'
+            )
         if self.merge_adapter and self.mode not in ("lora", "qlora"):
             raise ConfigurationError(f"merge_adapter is for the modes lora and qlora; this is mode {self.mode}.")
         if self.lora_target_modules == ["all-linear"]:

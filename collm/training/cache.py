@@ -17,7 +17,7 @@ from tqdm import tqdm
 from collm.errors import DataFormatError, ScoreMismatchError
 
 from .distributed import is_distributed, processes
-from .targets import Collator, TargetData, deferral_model, frozen, score_batch
+from .targets import Collator, TargetData, deferral_model, frozen, row_order, score_batch
 
 MANIFEST = "manifest.json"
 WINDOW = 32  # batches whose rows are sorted by length together
@@ -34,9 +34,10 @@ def cache_targets(
 ) -> TargetData:
     """Score all target tokens of a data set into a folder; what is there already is not scored again.
 
-    1. Plan: rows in a random order, batches of similar length, and where in the files each batch's targets go.
+    1. Plan: rows in a random order in the files, batches of similar length.
     2. Say in a manifest what the files belong to, and allocate them whole: a disk that is too small says so now.
-    3. Each process scores every n-th batch that is not marked as done, writes its targets, then marks it.
+    3. Each process scores every n-th batch that is not marked as done, writes its targets where their rows belong, then
+       marks it.
 
     A process killed at any point, and any number of processes afterwards, go on from the marks.
 
@@ -45,7 +46,7 @@ def cache_targets(
         folder (`str`): `4 F + 9 + 5 K` bytes for each target token go there.
 
     Returns:
-        [`TargetData`] whose tensors are memory-mapped files, in the order of the plan.
+        [`TargetData`] whose tensors are memory-mapped files, in the order of `collect_targets`.
 
     Raises:
         ScoreMismatchError: the folder holds the targets of another model, data set or plan.
@@ -57,10 +58,13 @@ def cache_targets(
 
     # 1. The plan is the same for every process and every run.
     counts, lengths, fingerprint = _survey(dataset)
-    batches = plan_batches(lengths, batch_size, seed)
-    starts = np.cumsum([0, *(int(counts[rows].sum()) for rows in batches)])
-    if starts[-1] == 0:
+    total = int(counts.sum())
+    if total == 0:
         raise DataFormatError("the data has no target tokens: every label is -100.")
+    order = np.array(row_order(len(lengths), seed))
+    batches = plan_batches(lengths, batch_size, order)
+    starts = np.empty(len(order), np.int64)  # of each row's targets in the files
+    starts[order] = np.cumsum(counts[order]) - counts[order]
 
     # 2. Manifest and files.
     F = deferral_model(model).deferral_head.in_features
@@ -71,27 +75,28 @@ def cache_targets(
         "num_assistants": deferral.num_assistants,
         "batch_size": batch_size,
         "seed": seed,
+        "layout": 2,  # 1 had the rows in the order of the batches, and so the shortest last
     }
     if rank == 0:
-        _claim(folder, manifest, _layout(int(starts[-1]), len(batches), F, deferral.num_assistants))
+        _claim(folder, manifest, _layout(total, len(batches), F, deferral.num_assistants))
     if is_distributed():
         dist.barrier()
     files = {
         name: np.memmap(folder / f"{name}.bin", dtype, "r+", shape=shape)
-        for name, (dtype, shape) in _layout(int(starts[-1]), len(batches), F, deferral.num_assistants).items()
+        for name, (dtype, shape) in _layout(total, len(batches), F, deferral.num_assistants).items()
     }
     done = files.pop("done")
 
     # 3. Score what is missing.
     mine = [b for b in range(rank, len(batches), world) if not done[b]]
-    total = int(starts[-1])
-    finished = sum(int(starts[b + 1] - starts[b]) for b in range(len(batches)) if done[b])
+    finished = sum(int(counts[rows].sum()) for b, rows in enumerate(batches) if done[b])
     bar = tqdm(total=total, initial=finished, unit="tok", desc="base scores targets", disable=not progress or rank > 0)
     with frozen(model), bar:
         for b in mine:
             part = score_batch(model, collator([dataset[int(i)] for i in batches[b]]), batches[b].tolist())
+            where = np.concatenate([np.arange(starts[row], starts[row] + counts[row]) for row in batches[b]])
             for name, column in part.columns().items():
-                files[name][starts[b] : starts[b + 1]] = column.cpu().numpy()
+                files[name][where] = column.cpu().numpy()
                 files[name].flush()
             done[b] = 1
             done.flush()
@@ -101,9 +106,8 @@ def cache_targets(
     return TargetData(**{name: _as_tensor(values) for name, values in files.items()})
 
 
-def plan_batches(lengths: np.ndarray, batch_size: int, seed: int) -> list[np.ndarray]:
-    """Rows of each batch: a random order, sorted by length inside of windows of a few batches, longest first."""
-    order = np.random.default_rng(seed).permutation(len(lengths))
+def plan_batches(lengths: np.ndarray, batch_size: int, order: np.ndarray) -> list[np.ndarray]:
+    """Rows of each batch: those of `order`, sorted by length inside of windows of a few batches, longest first."""
     batches = []
     for first in range(0, len(order), batch_size * WINDOW):
         window = order[first : first + batch_size * WINDOW]

@@ -161,12 +161,13 @@ def last_checkpoint(output_dir: str | Path) -> str | None:
     folders = Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
     numbered = [(int(folder.name.rpartition("-")[2]), folder) for folder in folders if folder.name[-1].isdigit()]
     for _, folder in sorted(numbered, reverse=True):
-        if _is_complete(folder):
+        if is_complete(folder):
             return str(folder)
     return None
 
 
-def _is_complete(folder: Path) -> bool:
+def is_complete(folder: Path) -> bool:
+    """Whether a checkpoint was written to its end."""
     try:
         json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError):

@@ -24,7 +24,7 @@ from .cache import cache_targets
 from .distributed import from_main_process, processes
 from .solver import DEFAULT_L2, Solution, feature_penalties, head_logits, roc_auc, solve_head, solving_device
 from .targets import Collator, TargetData, collect_targets, deferral_model
-from .zinit import ZInitialization, copy_standardisation, fit_pseudo_labels, write_head
+from .zinit import ZInitialization, check_held_out, check_weight, copy_standardisation, fit_pseudo_labels, write_head
 
 logger = logging.getLogger(__name__)
 
@@ -103,8 +103,14 @@ def train_head(
 
     Returns:
         [`HeadTraining`], the same on every process.
+
+    Raises:
+        ConfigurationError: `held_out` that leaves nothing to fit, unknown `positive_weight` or `method`.
+        DataFormatError, ScoreMismatchError: as in [`~collm.training.cache.cache_targets`].
     """
     collm = deferral_model(model)
+    check_held_out(held_out)
+    check_weight(positive_weight)
 
     # 1. Features.
     began = time.perf_counter()

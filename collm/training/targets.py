@@ -55,7 +55,7 @@ class TargetData:
         return cls(**{f.name: torch.cat([getattr(part, f.name) for part in parts]) for f in dataclasses.fields(cls)})
 
     def split(self, held_out: float) -> tuple[TargetData, TargetData]:
-        """All but the last `held_out` share of the rows, in the order in which they were collected, and that share.
+        """All but the last `held_out` share of the rows, in their random order, and that share.
 
         Both are views: memory-mapped features stay on disk.
         """
@@ -95,7 +95,7 @@ def collect_targets(
     """
     rank, world = processes()
     # 1. One order for all processes, cut into rounds of one batch for each.
-    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()
+    order = row_order(len(dataset), seed)
     rounds = [order[i : i + batch_size * world] for i in range(0, len(order), batch_size * world)]
     bar = tqdm(total=max_tokens, unit="tok", desc="base scores targets", disable=not progress or rank > 0)
     parts: list[TargetData] = []
@@ -117,6 +117,11 @@ def collect_targets(
     if tokens == 0:
         raise DataFormatError("the data has no target tokens: every label is -100.")
     return TargetData.concatenate(parts)
+
+
+def row_order(count: int, seed: int) -> list[int]:
+    """The order of the rows in a [`TargetData`], of which [`TargetData.split`] holds the last ones out: random."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
 
 
 def score_batch(model: Any, batch: dict[str, Tensor], rows: Sequence[int]) -> TargetData:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import logging
 import os
@@ -17,22 +18,26 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, Trainer, set_seed
 
 import collm
-from collm.checkpoints import save_deferral_config, save_head_only
+from collm.checkpoints import TRAINING_FILE, is_head_only, save_deferral_config, save_head_only
+from collm.configuration import DeferralConfig
 from collm.data.collator import DataCollatorForCoLLM
-from collm.data.scoring import load_scored
+from collm.data.scoring import SCORES_FILE, load_scored
 from collm.data.tokenizers import load_tokenizer
-from collm.errors import ConfigurationError, TrainingError
+from collm.errors import CoLLMError, ConfigurationError, ScoreMismatchError, TrainingError
 from collm.modeling import CoLLMForCausalLM
 
-from .arguments import FINISHED_FILE, TrainArguments
-from .callbacks import AdapterConfigCallback, DeferralLoggingCallback, StopOnNaNCallback, last_checkpoint
+from .arguments import TrainArguments
+from .callbacks import AdapterConfigCallback, DeferralLoggingCallback, StopOnNaNCallback, is_complete, last_checkpoint
 from .head import train_head
 from .targets import deferral_model
-from .zinit import ZInitializationCallback
+from .zinit import ZInitializationCallback, has_trained_head
 
 logger = logging.getLogger(__name__)
 
 RUN_FILE = "collm_run.json"
+HEAD_OPTIONS = ("features", "bias")
+# What a run that goes on cannot change; the rest is warned of.
+IDENTITY = ("model", "data", "data_fingerprint", "mode", "objective", *HEAD_OPTIONS)
 
 
 def train(arguments: TrainArguments) -> dict[str, Any]:
@@ -50,7 +55,8 @@ def train(arguments: TrainArguments) -> dict[str, Any]:
         `dict`: what `collm_training.json` holds.
 
     Raises:
-        ConfigurationError: options that cannot go together, a folder that cannot be written, a finished run in it.
+        ConfigurationError: options that cannot go together, a folder that cannot be written, a finished run in it, an
+            interrupted one of another model or other data.
         DataFormatError, ScoreMismatchError, TokenizerMismatchError, CheckpointError: data or model do not fit.
         TrainingError: a loss that is no number, or a disk that is full; the last good checkpoint stays.
     """
@@ -69,7 +75,14 @@ def train(arguments: TrainArguments) -> dict[str, Any]:
     # 2. Data and model.
     tokenizer = load_tokenizer(arguments.model)
     dataset, assistants = load_data(arguments, str(arguments.data), tokenizer)
-    eval_dataset = load_data(arguments, arguments.eval_data, tokenizer)[0] if arguments.eval_data else None
+    eval_dataset = None
+    if arguments.eval_data:
+        eval_dataset, theirs = load_data(arguments, arguments.eval_data, tokenizer)
+        if theirs != assistants:
+            raise ScoreMismatchError(
+                f"{arguments.eval_data} was scored by {', '.join(theirs)}, {arguments.data} by "
+                f"{', '.join(assistants)}: score both by the same ones, in one order."
+            )
     model = load_model(arguments, assistants)
     collator = DataCollatorForCoLLM(pad_token_id=tokenizer.pad_token_id or 0)
 
@@ -93,7 +106,7 @@ def train(arguments: TrainArguments) -> dict[str, Any]:
     }
     if arguments.should_save:
         tokenizer.save_pretrained(output)
-        (output / FINISHED_FILE).write_text(json.dumps(record, indent=2, default=str) + "\n", encoding="utf-8")
+        (output / TRAINING_FILE).write_text(json.dumps(record, indent=2, default=str) + "\n", encoding="utf-8")
     return record
 
 
@@ -138,19 +151,50 @@ def load_model(arguments: TrainArguments, assistants: list[str]) -> Any:
         options["attn_implementation"] = arguments.attn_implementation
     if arguments.mode == "qlora":
         options |= _quantisation(arguments)
-    if arguments.objective == "sft":
-        model = AutoModelForCausalLM.from_pretrained(arguments.model, **options)
-    else:
-        deferral = {
-            "num_assistants": len(assistants),
-            "assistants": assistants,
-            "features": arguments.features,
-            "bias": arguments.bias,
-            "deferral_cost": arguments.deferral_cost,
-            "objective": arguments.objective,
-        }
-        model = CoLLMForCausalLM.from_pretrained(str(arguments.model), deferral=deferral, **options)
-    return add_adapters(arguments, model) if arguments.mode in ("lora", "qlora") else model
+    with _wrong_options(f"the model {arguments.model} cannot be loaded like this"):
+        if arguments.objective == "sft":
+            model = AutoModelForCausalLM.from_pretrained(arguments.model, **options)
+        else:
+            deferral = {
+                "num_assistants": len(assistants),
+                "deferral_cost": arguments.deferral_cost,
+                "objective": arguments.objective,
+                # A trained head keeps its own, and refuses others.
+                **{name: value for name in HEAD_OPTIONS if (value := getattr(arguments, name)) is not None},
+            }
+            model = CoLLMForCausalLM.from_pretrained(str(arguments.model), deferral=deferral, **options)
+            _settle(arguments, model.config.deferral, assistants)
+    if arguments.mode in ("lora", "qlora"):
+        with _wrong_options(f"{arguments.model} cannot get adapters on {arguments.lora_target_modules}"):
+            model = add_adapters(arguments, model)
+    return model
+
+
+def _settle(arguments: TrainArguments, deferral: DeferralConfig, assistants: list[str]) -> None:
+    """What a checkpoint says of its head and its base, made true for what comes of it."""
+    name = str(arguments.model)
+    if deferral.assistants != assistants and sorted(deferral.assistants) == sorted(assistants):
+        raise ScoreMismatchError(
+            f"the head of {name} has the assistants {', '.join(deferral.assistants)}, in the order of its "
+            f"rows; the data was scored by {', '.join(assistants)}. Score it with the assistants in the head's order."
+        )
+    deferral.assistants = assistants
+    if deferral.calibration or deferral.threshold != DeferralConfig.threshold:
+        logger.warning("Threshold and calibration of %s were for other weights and go: calibrate again.", name)
+        deferral.calibration, deferral.threshold = [], DeferralConfig.threshold
+    if arguments.mode != "full" and deferral.base_model != name and not is_head_only(name):
+        deferral.base_model = name
+
+
+@contextmanager
+def _wrong_options(what: str) -> Iterator[None]:
+    """What transformers and PEFT say about an option is the user's to read, without a traceback."""
+    try:
+        yield
+    except CoLLMError:
+        raise
+    except (ImportError, ValueError) as error:
+        raise ConfigurationError(f"{what}: {error}") from error
 
 
 def add_adapters(arguments: TrainArguments, model: Any) -> Any:
@@ -229,7 +273,12 @@ def _train_weights(
 ) -> dict[str, Any]:
     has_head, has_adapter = arguments.objective != "sft", arguments.mode in ("lora", "qlora")
     callbacks: list[Any] = [StopOnNaNCallback()]
-    if has_head and arguments.z_initialization:
+    z_initialization = arguments.z_initialization
+    if has_head and z_initialization is None:
+        z_initialization = not has_trained_head(model)
+        if not z_initialization:
+            logger.warning("Z-initialisation skipped: %s has a trained head.", arguments.model)
+    if has_head and z_initialization:
         callbacks.append(
             ZInitializationCallback(
                 method=arguments.z_method,
@@ -290,24 +339,52 @@ def merge_adapter(adapter: str | os.PathLike[str], output: str | os.PathLike[str
 
 def _checkpoint_to_resume(arguments: TrainArguments, output: Path) -> str | None:
     """The checkpoint asked for, or the last complete one of an interrupted run in the same folder."""
-    if (output / FINISHED_FILE).is_file():
-        raise ConfigurationError(f"{output} holds a finished run ({FINISHED_FILE}); choose another output_dir.")
+    if (output / TRAINING_FILE).is_file():
+        raise ConfigurationError(f"{output} holds a finished run ({TRAINING_FILE}); choose another output_dir.")
     if arguments.mode == "head":
         return None  # the cached features are its checkpoint
     settings = arguments.changed()
-    settings.pop("resume_from_checkpoint", None)
-    checkpoint = arguments.resume_from_checkpoint or last_checkpoint(output)
+    asked = settings.pop("resume_from_checkpoint", None)
+    checkpoint = asked if isinstance(asked, str) else last_checkpoint(output)
+    if isinstance(asked, str) and not is_complete(Path(asked)):
+        last = last_checkpoint(output)
+        raise ConfigurationError(
+            f'resume_from_checkpoint is "{asked}", which is no complete checkpoint.'
+            + (f" The last one in {output} is {last}; without the option it is taken." if last else "")
+        )
+    settings |= _data_fingerprint(arguments)
     if checkpoint is not None:
         logger.warning("Going on from %s.", checkpoint)
-        if (output / RUN_FILE).is_file():
-            before = json.loads((output / RUN_FILE).read_text(encoding="utf-8"))
-            now = json.loads(json.dumps(settings, default=str))
-            different = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
-            if different:
-                logger.warning("These options differ from those of the interrupted run: %s.", ", ".join(different))
+        record = Path(checkpoint).parent / RUN_FILE
+        if record.is_file():
+            before = json.loads(record.read_text(encoding="utf-8"))
+            _check_same_run(before, json.loads(json.dumps(settings, default=str)), checkpoint)
     if arguments.should_save:
         (output / RUN_FILE).write_text(json.dumps(settings, indent=2, default=str) + "\n", encoding="utf-8")
     return checkpoint
+
+
+def _data_fingerprint(arguments: TrainArguments) -> dict[str, str]:
+    """Of a scored data set, so that one scored again under the same name is another."""
+    file = Path(str(arguments.data), SCORES_FILE)
+    return {"data_fingerprint": hashlib.sha256(file.read_bytes()).hexdigest()} if file.is_file() else {}
+
+
+def _check_same_run(before: dict[str, Any], now: dict[str, Any], checkpoint: str) -> None:
+    """Compare the options that were given to the interrupted run with those of this one."""
+    different = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
+    was, wanted = (
+        {name: given.get(name, getattr(TrainArguments, name, None)) or DeferralConfig().get(name) for name in IDENTITY}
+        for given in (before, now)
+    )
+    mixed = [f"{name} was {was[name]}, is now {wanted[name]}" for name in IDENTITY if was[name] != wanted[name]]
+    if mixed:
+        raise ConfigurationError(
+            f"{checkpoint} is of another run: {'; '.join(mixed)}. Take another output_dir, or remove the checkpoints "
+            "and start anew."
+        )
+    if different:
+        logger.warning("These options differ from those of the interrupted run: %s.", ", ".join(different))
 
 
 @contextmanager

@@ -102,13 +102,14 @@ def z_initialise(
         [`ZInitialization`], the same on every process.
 
     Raises:
-        ConfigurationError: unknown `method` or `positive_weight`.
+        ConfigurationError: unknown `method` or `positive_weight`, a `held_out` that leaves nothing to fit.
         DataFormatError: the data set is not scored, for another K, or has no target tokens.
 
     Reference: Shen et al. (2024), section 3.2; the paper's code takes one epoch of AdamW at 2e-5 for step 4.
     """
     collm = deferral_model(model)
-    _check_weight(positive_weight)
+    check_weight(positive_weight)
+    check_held_out(held_out)
 
     # 1. Score.
     began = time.perf_counter()
@@ -207,7 +208,8 @@ def class_weights(labels: Tensor, num_assistants: int, positive_weight: float | 
     return weights
 
 
-def _check_weight(positive_weight: float | str) -> None:
+def check_weight(positive_weight: float | str) -> None:
+    """Raise `ConfigurationError` where `positive_weight` is no weight of [`z_initialise`]."""
     if isinstance(positive_weight, str) and positive_weight not in BALANCES:
         raise ConfigurationError(
             f'positive_weight is "{positive_weight}"; allowed are a number, {", ".join(BALANCES)}.'
@@ -215,6 +217,12 @@ def _check_weight(positive_weight: float | str) -> None:
         )
     if not isinstance(positive_weight, str) and not positive_weight > 0:
         raise ConfigurationError(f"positive_weight is {positive_weight}; it must be greater than 0.")
+
+
+def check_held_out(held_out: float) -> None:
+    """Raise `ConfigurationError` where no row would be left to fit on."""
+    if not 0 <= held_out < 1:
+        raise ConfigurationError(f"held_out is {held_out}; it is a share of the rows, at least 0 and below 1.")
 
 
 def set_standardisation(deferral: DeferralConfig, uncertainty: Tensor) -> None:
@@ -246,6 +254,18 @@ def trained_head(model: Any) -> nn.Linear:
     """The deferral head that is trained: PEFT keeps a copy of it among its `modules_to_save`."""
     head = deferral_model(model).deferral_head
     return head.modules_to_save[head.active_adapters[0]] if hasattr(head, "modules_to_save") else head
+
+
+@torch.no_grad()
+def has_trained_head(model: Any) -> bool:
+    """Whether the deferral head says anything: a new one is exactly zero. Every process has to call it."""
+    weight = trained_head(model).weight
+    if hasattr(weight, "ds_id"):  # ZeRO-3
+        from deepspeed.runtime.zero import GatheredParameters
+
+        with GatheredParameters([weight]):
+            return bool(weight.any())
+    return from_main_process(bool(weight.any()))  # FSDP may load the weights there alone
 
 
 def _write(parameter: Tensor, value: Tensor) -> None:
@@ -286,7 +306,7 @@ class ZInitializationCallback(TrainerCallback):
     """
 
     def __init__(self, **settings: Any) -> None:
-        _check_weight(settings.get("positive_weight", 1.0))
+        check_weight(settings.get("positive_weight", 1.0))
         self.settings = settings
         self.result: ZInitialization | None = None
 

@@ -281,6 +281,51 @@ def test_truncation_and_dropped_rows_are_counted(bpe):
     assert "1 truncated; 1 dropped: empty (null) row; 1 dropped: empty completion" in str(report)
 
 
+GOOD = {"prompt": "what", "completion": " 42"}
+PARTS = [{"role": "user", "content": [{"type": "text", "text": "what"}]}, {"role": "assistant", "content": " 42"}]
+
+
+@pytest.mark.parametrize(
+    ("good", "bad", "message"),
+    [
+        (GOOD, {**GOOD, "prompt": CONVERSATION[:1]}, "prompt has the type list and completion str"),
+        (GOOD, {**GOOD, "completion": CONVERSATION[1:2]}, "prompt has the type str and completion list"),
+        (GOOD, {**GOOD, "completion": 42}, "completion int; both have to be text"),
+        ({"messages": CONVERSATION}, {"messages": "what"}, "a message is 'what'"),
+        ({"messages": CONVERSATION}, {"messages": PARTS}, "cannot write a content that is no text"),
+    ],
+)
+def test_rows_of_the_wrong_types_are_named(bpe, good, bad, message):
+    rows = {0: good, 1: bad}  # no data set would hold both: its columns have one type
+    with pytest.raises(DataFormatError, match=f"Row 1: .*{message}"):
+        format_rows(Rows(rows), bpe, chat_template=CHATML)
+
+
+class Rows(dict):
+    """What `format_rows` needs of a data set, without its types."""
+
+    column_names = property(lambda self: list(self[0]))
+
+    def __iter__(self):
+        return iter(self.values())
+
+
+def test_contents_in_parts_are_for_templates_that_take_them(bpe):
+    rows = Dataset.from_list([{"messages": [PARTS[0], {**PARTS[1], "content": [{"type": "text", "text": " 42"}]}]}])
+    trims = CHATML.replace("m['content']", "m['content'] | trim")  # which writes a list as Python does
+    with pytest.raises(DataFormatError, match="Row 0: the chat template takes no content in parts"):
+        format_rows(rows, bpe, chat_template=trims)
+    joins = CHATML.replace("m['content']", "m['content'][0]['text']")
+    ((_, target),) = runs(format_rows(rows, bpe, chat_template=joins)[0][0])
+    assert bpe.decode(target) == " 42<|im_end|>"
+
+
+def test_a_length_below_one_is_refused(bpe):
+    for length in (0, -3):
+        with pytest.raises(ConfigurationError, match=f"max_length is {length}"):
+            format_one(GOOD, bpe, max_length=length)
+
+
 def test_nothing_left_is_an_error_with_the_reasons(bpe):
     with pytest.raises(DataFormatError, match=r"No row is left.*2 dropped: no target token within max_length=2"):
         format_rows(Dataset.from_list([{"prompt": "Question: what", "completion": " 42"}] * 2), bpe, max_length=2)
@@ -323,6 +368,13 @@ def test_contexts_that_do_not_fit_are_refused(bpe):
     row = {"messages": CONVERSATION, "assistant_messages": [CONVERSATION[:2]]}
     with pytest.raises(DataFormatError, match="Row 0: an assistant's own messages must have the 2 assistant turns"):
         format_one(row, bpe, chat_template=CHATML, assistant_chats=[None])
+    row = {"question": "what", "answer": "42", "assistant_prompts": ["Question: what"]}
+    with pytest.raises(DataFormatError, match="Row 0: assistant_prompts is read beside a prompt that is text alone"):
+        format_one(row, bpe, task="gsm8k", chat_template=CHATML, assistant_chats=[None])
+    assert "assistant_input_ids" in format_one(row, bpe, task="gsm8k", assistant_chats=[None]).keys()
+    row = {"prompt": CONVERSATION[:1], "completion": CONVERSATION[1:2], "assistant_messages": [CONVERSATION[:2]]}
+    with pytest.raises(DataFormatError, match="Row 0: assistant_messages is read beside messages alone"):
+        format_one(row, bpe, chat_template=CHATML, assistant_chats=[None])
 
 
 def test_truncation_cuts_an_assistants_own_sequence_at_the_same_target(bpe):
@@ -361,6 +413,8 @@ def test_files_and_folders_of_every_kind(tmp_path):
         assert read_rows(tmp_path / name).to_list() == ROWS, name
     assert read_rows(str(tmp_path / "splits"), split="test").to_list() == ROWS
     assert read_rows(lines, split="train[:2]").to_list() == ROWS[:2]
+    assert read_rows(tmp_path / "saved", split="train[:2]").to_list() == ROWS[:2]
+    assert read_rows(tmp_path / "splits", split="test[60%:]").to_list() == ROWS[3:]
     assert read_rows(Dataset.from_list(ROWS)).to_list() == ROWS
 
 
@@ -370,6 +424,7 @@ def test_what_cannot_be_read_says_why(tmp_path):
     (tmp_path / "broken.json").write_text('{"questions": [')
     (tmp_path / "rows.csv").write_text("a,b\n")
     DatasetDict(train=Dataset.from_list(ROWS)).save_to_disk(tmp_path / "splits")
+    Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
     for name, split, message in (
         ("rows.jsonl", "train", "is empty"),
         ("broken.jsonl", "train", "Cannot read .*broken.jsonl"),
@@ -377,6 +432,8 @@ def test_what_cannot_be_read_says_why(tmp_path):
         ("rows.csv", "train", r"ends in '.csv'; files can be .jsonl, .json, .parquet"),
         ("row.jsonl", "train", r'There is no file or folder .*row.jsonl. Did you mean ".*rows.jsonl"'),
         ("splits", "trian", r'has no split "trian"; it has train. Did you mean "train"'),
+        ("saved", "test", r'has no split "test"; it has train'),
+        ("saved", "train[:x]", r"Cannot read .*saved"),
     ):
         with pytest.raises(DataFormatError, match=message):
             read_rows(tmp_path / name, split)

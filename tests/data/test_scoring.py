@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, VOCAB_SIZE, save_plain, tiny_model, tiny_tokenizer
+from conftest import ARCHITECTURES, VOCAB_SIZE, save_plain, tiny_config, tiny_model, tiny_tokenizer
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, BertConfig, BertLMHeadModel
+from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, BertLMHeadModel
 
 from collm import cli
 from collm.data import scoring
@@ -30,6 +30,7 @@ from collm.errors import (
     TokenizerMismatchError,
     UnsupportedModelError,
 )
+from collm.evaluation.likelihood import base_uncertainty
 
 
 def conversations(rows: int) -> list[dict]:
@@ -95,6 +96,24 @@ def test_a_padded_batch_equals_the_oracle_for_every_architecture(architecture, m
     expected = [oracle(model, row["input_ids"], row["labels"]) for row in rows]
     torch.testing.assert_close(logprobs, torch.tensor([x for o in expected for x in o[0]]), atol=2e-5, rtol=1e-5)
     assert correct.tolist() == [x for o in expected for x in o[1]]
+
+
+@pytest.mark.parametrize("architecture", ["llama4_text", "mllama"])
+def test_a_text_model_without_a_base_model_prefix_of_its_own(architecture):
+    """Its `base_model` is the model itself: the decoder is found as in a deferral model."""
+    small = {name: value for name, value in tiny_config().to_diff_dict().items() if name != "model_type"}
+    config = {
+        "llama4_text": {**small, "intermediate_size_mlp": 48, "num_local_experts": 2},
+        "mllama": {"text_config": {**small, "cross_attention_layers": [1]}},
+    }[architecture]
+    config = AutoConfig.for_model(architecture, **config)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    rows = [formatted(9)[i] for i in (2, 5)]
+    texts = [(row["input_ids"], row["labels"]) for row in rows]
+    logprobs, _ = scoring.TransformersScorer(model)(*map(list, zip(*texts, strict=True)))
+    expected = [x for ids, labels in texts for x in oracle(model, ids, labels)[0]]
+    torch.testing.assert_close(logprobs, torch.tensor(expected), atol=2e-5, rtol=1e-5)
+    assert len(base_uncertainty(model, texts)) == 2
 
 
 def test_two_assistants_are_scored_side_by_side(checkpoints, tmp_path):

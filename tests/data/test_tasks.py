@@ -93,6 +93,7 @@ def test_the_challenges_file_is_read_and_formatted(tmp_path):
     path.write_text(json.dumps({"questions": list(BIOASQ.values())}))
     data, report = format_rows(read_rows(path), tiny_tokenizer(), task="bioasq")
     assert (report.rows, len(data)) == (4, 4)
+    assert len(read_rows(path, "train[:2]")) == 2
     with pytest.raises(DataFormatError, match='ask for the task "bioasq"'):
         format_rows(read_rows(path), tiny_tokenizer())
 
@@ -100,6 +101,24 @@ def test_the_challenges_file_is_read_and_formatted(tmp_path):
 def test_a_task_on_the_wrong_columns_names_the_missing_one():
     with pytest.raises(DataFormatError, match="Row 0: the task needs the column 'question'; there are problem"):
         format_rows(Dataset.from_list([MATH]), tiny_tokenizer(), task="gsm8k")
+
+
+def test_rows_that_a_task_cannot_read_are_dropped_or_named():
+    rows = Dataset.from_list([GSM8K, {**GSM8K, "answer": None}, {**GSM8K, "question": None}])
+    data, report = format_rows(rows, tiny_tokenizer(), task="gsm8k")
+    assert (len(data), report.dropped) == (1, {"empty (null) row": 2})
+    assert get_task("bioasq_snippets")({**BIOASQ["yesno"], "body": None})["prompt"] is None
+    for row, task, message in (
+        ({**GSM8K, "answer": 24}, "gsm8k", "answer is 24; it has to be text"),
+        ({**MATH, "problem": ["x"]}, "math", r"problem is \['x'\]"),
+        ({**BIOASQ["yesno"], "type": None}, "bioasq", 'no type "None"'),
+        ({"x": None}, lambda row: {"prompt": row["x"].strip(), "completion": "w1"}, "the task fails .AttributeError"),
+        (GSM8K, lambda row: {"prompt": row["question"]}, "the task returned prompt; it has to return messages, or"),
+        (GSM8K, lambda row: None, "the task returned None"),
+        (GSM8K, lambda row: {"prompt": "x", "completion": 24}, "completion int"),
+    ):
+        with pytest.raises(DataFormatError, match=f"Row 0: .*{message}"):
+            format_rows(Dataset.from_list([row]), tiny_tokenizer(), task=task)
 
 
 def test_a_task_can_be_any_function():

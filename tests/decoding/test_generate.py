@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from transformers import GenerationConfig, StoppingCriteria
 from transformers.generation import BaseStreamer
 
+from collm.decoding.combiners import CombiningContext, proxy_tuning
 from collm.decoding.generation import SourceStreamer
 from collm.decoding.processor import CollaborativeLogitsProcessor
 from collm.errors import (
@@ -36,7 +40,15 @@ def plain(model, inputs, **options):
 # -- the two ends ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [{}, {"repetition_penalty": 1.5, "no_repeat_ngram_size": 2}, {"min_new_tokens": 5}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"repetition_penalty": 1.5, "no_repeat_ngram_size": 2},
+        {"min_new_tokens": 5},
+        {"encoder_repetition_penalty": 1.5, "encoder_no_repeat_ngram_size": 1},  # these keep the batch's prompts
+    ],
+)
 @both_loops
 def test_never_is_the_base_and_always_the_assistant(speculate, options):
     base, assistants = models("llama", 1)
@@ -275,6 +287,17 @@ def test_an_assistant_may_pad_its_vocabulary_differently(speculate):
     assert all(out.logits[step][row, -1] == -torch.inf for row, step in deferred.tolist())
 
 
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_proxy_tuning_writes_no_token_that_a_model_lacks(weight):
+    logits = torch.randn(3, 1, 5)
+    for model in range(3):
+        logits[model, 0, model] = -torch.inf
+    context = CombiningContext(logits[0], logits[1], torch.ones(1), {"untuned": logits[2]})
+    assert proxy_tuning(context, None, weight).isfinite().tolist() == [[False, False, False, True, True]]
+    assert not proxy_tuning(context, None, weight).isnan().any()
+    assert proxy_tuning(context, None, weight).argmax() > 2
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_an_assistant_may_have_another_dtype(dtype):
     base, _ = models("llama", 1)
@@ -359,11 +382,17 @@ def test_an_assistant_out_of_positions(speculate):
 # -- options that cannot be meant --------------------------------------------------------------------------------------
 
 
+def learned_again(context):
+    return context.ask_where(context.deferral_probs > context.threshold)
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
         ({"threshold": 0.5, "deferral_rate": 0.2}, ConfigurationError, "Pass one of them"),
         ({"deferral_rate": 0.2}, CalibrationError, "collm calibrate"),
+        ({"deferral_rate": 1.0, "router": "ema"}, CalibrationError, "learned router; pass threshold="),
+        ({"deferral_rate": 1.0, "router": learned_again}, CalibrationError, "learned router; pass threshold="),
         ({"router": "lerned"}, ConfigurationError, 'Did you mean "learned"'),
         ({"router": "entropy"}, ConfigurationError, "needs cut"),
         ({"router": "entropy:cutt=1"}, ConfigurationError, 'Did you mean "cut"'),
@@ -405,6 +434,46 @@ def test_assistants_that_cannot_be_meant():
         generate(base, t5)
 
 
+def vocabulary(*words):
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({word: i for i, word in enumerate(words)})))
+
+
+def test_another_tokenizer_is_refused_by_hub_name_and_folder_without_the_network(tmp_path, monkeypatch):
+    import httpx
+    import huggingface_hub.constants as hub
+
+    monkeypatch.setattr(hub, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(hub, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(httpx.HTTPTransport, "handle_request", lambda *_: pytest.fail("a request in generate"))
+    for name, words in (("base", "abc"), ("twin", "abc"), ("other", "acb")):
+        folder = tmp_path / f"models--org--{name}"
+        vocabulary(*words).save_pretrained(folder / "snapshots/1")
+        (folder / "refs").mkdir()
+        (folder / "refs/main").write_text("1")
+    base, assistant = tiny_collm("llama"), tiny_model("llama", seed=10)
+
+    def write(ours, theirs, **options):
+        base.config.name_or_path, assistant.config.name_or_path = ours, theirs
+        return generate(base, assistant, max_new_tokens=1, **options)
+
+    other = str(tmp_path / "models--org--other/snapshots/1")
+    for theirs in ("org/other", other):
+        with pytest.raises(TokenizerMismatchError, match=f"org/base and {theirs} .*token id 1: 'b' in org/base, 'c'"):
+            write("org/base", theirs)
+        with pytest.raises(TokenizerMismatchError, match="'b' in the base, 'c'"):
+            write(theirs, theirs, tokenizer=vocabulary(*"abc"))
+    write("org/base", "org/twin")
+    write("org/base", "org/not-downloaded")
+    write("", "org/other")
+    base.config.deferral.base_model = "org/base"
+    with pytest.raises(TokenizerMismatchError, match="org/base and org/other"):
+        write(str(tmp_path), "org/other")  # a folder of the head alone
+
+
 def test_a_threshold_that_no_router_reads_is_warned_about():
     base, assistants = models("llama", 1)
     with pytest.warns(UserWarning, match="threshold= has no effect"):
@@ -435,9 +504,60 @@ def test_the_logits_processor_writes_the_same_text(combiner):
     assert sum(processor.readers[0].length.values()) == processor.readers[0].tokens  # nothing is read twice
 
 
-def test_the_logits_processor_follows_beams():
+@pytest.mark.parametrize("seed", range(4))
+def test_the_logits_processor_follows_beams(seed):
+    base, assistant = tiny_collm("llama"), tiny_model("llama", seed=10 + seed)
+    inputs = ragged_prompts(2, seed=seed)
+    options = {"num_beams": 3, "num_return_sequences": 3, "output_scores": True, "return_dict_in_generate": True}
+    processor = CollaborativeLogitsProcessor(base, assistant, threshold=-1.0, pad_token_id=PAD)
+    beams, expected = plain(base, inputs, logits_processor=[processor], **options), plain(assistant, inputs, **options)
+    assert torch.equal(beams.sequences, expected.sequences)
+    torch.testing.assert_close(beams.sequences_scores, expected.sequences_scores, rtol=1e-4, atol=1e-4)
+
+
+def test_warpers_come_behind_the_logits_processor():
+    base, assistant = tiny_collm("llama"), tiny_model("llama", seed=10)
+    options = {"do_sample": True, "temperature": 0.7, "top_k": 5, "max_new_tokens": 1, "output_scores": True}
+    processor = CollaborativeLogitsProcessor(base, assistant, threshold=-1.0, pad_token_id=PAD)
+    ours, theirs = (
+        plain(model, ragged_prompts(2), logits_processor=processors, return_dict_in_generate=True, **options).scores[0]
+        for model, processors in ((base, [processor]), (assistant, []))
+    )
+    torch.testing.assert_close(ours.softmax(-1), theirs.softmax(-1))
+
+
+def test_a_router_with_a_memory_is_refused_by_the_logits_processor():
+    base, assistant = tiny_collm("llama"), tiny_model("llama", seed=10)
+    processor = CollaborativeLogitsProcessor(base, assistant, router="ema", threshold=0.5, pad_token_id=PAD)
+    with pytest.raises(ConfigurationError, match="router with a memory"):
+        plain(base, ragged_prompts(2), logits_processor=[processor])
+
+
+def test_a_logits_processor_that_is_gone_leaves_nothing_in_the_model():
     base, assistant = tiny_collm("llama"), tiny_model("llama", seed=10)
     inputs = ragged_prompts(2)
-    processor = CollaborativeLogitsProcessor(base, assistant, threshold=-1.0, pad_token_id=PAD)
-    beams = plain(base, inputs, num_beams=3, logits_processor=[processor])
-    assert torch.equal(beams, plain(assistant, inputs, num_beams=3))
+    processor = CollaborativeLogitsProcessor(base, assistant, pad_token_id=PAD)
+    plain(base, inputs, logits_processor=[processor])
+    assert len(base._forward_hooks) == 1
+    gone = weakref.ref(processor)
+    del processor
+    gc.collect()
+    assert gone() is None
+    assert not base._forward_hooks
+    plain(base, inputs)
+
+
+def test_random_numbers_of_the_logits_processor_are_where_the_scores_are():
+    base, assistant = tiny_collm("llama"), tiny_model("llama", seed=10)
+    devices = []
+
+    def router(context):
+        devices.append(context.uniform.device.type)
+        return torch.zeros_like(context.step)
+
+    processor = CollaborativeLogitsProcessor(base, assistant, router=router)
+    ids = ragged_prompts(1)["input_ids"]
+    scores = base(ids).logits[:, -1]
+    with torch.device("meta"):  # where tensors land that name no device
+        processor(ids, scores)
+    assert devices == ["cpu"]

@@ -82,6 +82,17 @@ def test_a_twin_as_assistant_is_asked_far_less_often_than_it_writes(monkeypatch)
     assert fast.stats["base_calls"] < plain.stats["base_calls"]
 
 
+def test_a_row_that_ends_keeps_no_scores_of_what_was_drafted_behind(monkeypatch):
+    base, assistants = models("llama", 1)
+    monkeypatch.setattr(DraftGate, "is_open", lambda *_: True)  # to the end of the text
+    free = generate(base, assistants).sequences[:, -16:]
+    for step in range(2, 8):
+        out = generate(base, assistants, eos_token_id=[int(free[0, step])], output_logits=True, output_scores=True)
+        finished = (out.source < 0).nonzero().tolist()
+        assert finished
+        assert not any(scores[step][row].any() for row, step in finished for scores in (out.logits, out.scores))
+
+
 def test_without_agreement_the_plain_loop_remains(monkeypatch):
     base, assistants = models("llama", 1)  # random models, which agree on nothing
     monkeypatch.setattr(generation, "step_cost", lambda model: 4.0 if model is assistants[0] else 1.0)

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import threading
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from collm.decoding.cache import _Layer
 from collm.engines.collaboration import Request, collaborate
 from collm.engines.session import Gate, Sampling
-from collm.engines.transformers import TransformersEngine
+from collm.engines.transformers import TransformersEngine, TransformersSession
 from collm.errors import AssistantError, ConfigurationError
-from tests.conftest import tiny_collm, tiny_model
+from tests.conftest import VOCAB_SIZE, tiny_collm, tiny_model
+from tests.decoding.test_cache import STATEFUL
 from tests.engines.oracle import oracle
 
 PROMPT = [5, 9, 23, 41, 17]
@@ -102,6 +106,71 @@ def test_a_request_that_fails_takes_no_other_with_it():
     assert "out of memory" in str(failed)
 
 
+async def decoded(session, count) -> list[int]:
+    return [token async for piece in session.decode(count) for token in piece.token_ids]
+
+
+def failing_once(function, at):
+    """`function`, which raises at its `at`-th call."""
+    calls = itertools.count(1)
+
+    def called(*args):
+        if next(calls) == at:
+            raise torch.OutOfMemoryError("no memory left")
+        return function(*args)
+
+    return called
+
+
+@pytest.mark.filterwarnings("ignore")  # mamba warns about kernels that are not installed
+@pytest.mark.parametrize("at", range(1, 7))
+@pytest.mark.parametrize(
+    ("architecture", "what"), [("llama", "layer"), ("mamba", "layer"), ("llama", "logits"), ("llama", "buffer")]
+)
+def test_a_failure_amid_a_batch_changes_no_answer(architecture, what, at, monkeypatch):
+    if architecture == "mamba":
+        config = AutoConfig.for_model("mamba", vocab_size=VOCAB_SIZE, **STATEFUL["mamba"])
+        model = AutoModelForCausalLM.from_config(config).eval()
+        for matrix in (p for p in model.parameters() if p.dim() > 1):  # else it repeats one token whatever it has read
+            torch.nn.init.normal_(matrix, std=0.5)
+        last_layer = model.backbone.layers[-1]
+    else:
+        model = tiny_model()
+        last_layer = model.model.layers[-1]
+    engine = TransformersEngine(model, "a")
+    long = [3 + i % 50 for i in range(100)]
+
+    def greedy(prompt, count):
+        text = list(prompt)
+        with torch.no_grad():
+            for _ in range(count):
+                text.append(int(model(torch.tensor([text]), use_cache=False).logits[0, -1].argmax()))
+        return text[len(prompt) :]
+
+    first = greedy(PROMPT, 3)
+    expected = [first, greedy([*PROMPT, *first, 7, 8, 9], 4), greedy(long, 4), greedy(PROMPT[1:], 4)]
+
+    async def write():
+        one, two, three = (engine.open(prompt, Sampling()) for prompt in (PROMPT, long, PROMPT[1:]))
+        texts = [await decoded(one, 3)]
+        one.extend([7, 8, 9])
+        if what == "layer":
+            last_layer.register_forward_pre_hook(failing_once(lambda *_: None, at))
+        elif what == "logits":
+            monkeypatch.setattr(TransformersSession, "read", failing_once(TransformersSession.read, at))
+        else:
+            monkeypatch.setattr(_Layer, "reserve", failing_once(_Layer.reserve, at))
+        return texts + await asyncio.gather(*(decoded(session, 4) for session in (one, two, three)))
+
+    assert asyncio.run(write()) == expected
+
+
+def test_biases_beyond_the_vocabulary_are_left_out():
+    engine = TransformersEngine(tiny_model(), "a")
+    sampling = Sampling(logit_bias={7: 1000.0, 10**6: 1000.0})
+    assert asyncio.run(decoded(engine.open(PROMPT, sampling), 2)) == [7, 7]
+
+
 @pytest.mark.parametrize(
     "router",
     [
@@ -117,15 +186,20 @@ def test_a_request_that_fails_takes_no_other_with_it():
 )
 def test_other_routers_are_the_oracle(router):
     base, helpers, base_engine, helper_engines = engines()
-    tokens, source, _, _ = asyncio.run(collect(Request(PROMPT, 20, 0.5, router=router), base_engine, helper_engines))
+    request = Request(PROMPT, 20, 0.5, router=router, sampling=Sampling(seed=0))
+    tokens, source, _, _ = asyncio.run(collect(request, base_engine, helper_engines))
     expected = oracle(base, helpers, PROMPT, 20, 0.5, router=router)
     assert (tokens, source) == (expected.tokens, expected.source)
 
 
-def test_a_router_that_needs_whole_distributions_is_refused():
-    _, _, base_engine, helper_engines = engines()
-    with pytest.raises(ConfigurationError, match="top_probability"):
-        asyncio.run(collect(Request(PROMPT, 4, router="margin:cut=0.1"), base_engine, helper_engines))
+@pytest.mark.parametrize(
+    ("num_assistants", "router", "message"),
+    [(1, "margin:cut=0.1", "top_probability"), (2, "sampled", "the base and 2 assistants")],
+)
+def test_a_router_that_needs_more_than_engines_tell_is_refused(num_assistants, router, message):
+    _, _, base_engine, helper_engines = engines(num_assistants)
+    with pytest.raises(ConfigurationError, match=message):
+        asyncio.run(collect(Request(PROMPT, 4, router=router), base_engine, helper_engines))
 
 
 def test_a_stop_token_ends_the_answer_whoever_writes_it():
@@ -222,15 +296,18 @@ class Unplugged(TransformersEngine):
     """An assistant whose process dies after `alive` tokens."""
 
     alive = 3
+    error: type[Exception] = RuntimeError
 
     def forward(self, rows, chunks):
         self.alive -= 1
         if self.alive < 0:
-            raise RuntimeError("connection lost")
+            raise self.error("connection lost")
         return super().forward(rows, chunks)
 
 
-def test_error_policy_raises_and_fallback_policy_goes_on_with_the_base():
+@pytest.mark.parametrize("error", [RuntimeError, IndexError])
+def test_error_policy_raises_and_fallback_policy_goes_on_with_the_base(error, monkeypatch):
+    monkeypatch.setattr(Unplugged, "error", error)
     base, helpers, base_engine, _ = engines()
     with pytest.raises(AssistantError, match="connection lost"):
         asyncio.run(collect(Request(PROMPT, 20, 0.5), base_engine, [Unplugged(helpers[0], "a")]))

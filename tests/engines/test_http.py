@@ -10,7 +10,7 @@ from collm.engines.collaboration import Request, collaborate
 from collm.engines.http import HTTPEngine
 from collm.engines.session import Sampling
 from collm.engines.transformers import TransformersEngine
-from collm.errors import AssistantError
+from collm.errors import AssistantError, AssistantRefusal
 from tests.conftest import tiny_collm, tiny_tokenizer
 from tests.engines.oracle import oracle
 from tests.serving.running import running
@@ -41,6 +41,40 @@ def test_the_answer_is_the_oracle_with_token_ids_and_with_text(token_ids):
         truth = oracle(base, [server.base], [5, 9, 23], 16, 0.5)
         assert answer == (truth.tokens, truth.source)
         assert sum(truth.source) > 2
+
+
+def byte_tokenizer():
+    """A token for each byte, and <s> before every text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    bytes_ = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({"<s>": 0, **{b: i for i, b in enumerate(bytes_, 1)}}, []))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>")
+
+
+def test_text_has_no_beginning_of_its_own_and_no_half_characters():
+    helper, prompts, text = HTTPEngine("http://nowhere", byte_tokenizer(), token_ids=False), [], "!"
+
+    async def complete(body):
+        prompts.append(body["prompt"])
+        return {"text": text}
+
+    async def write(prompt):
+        return [piece.token_ids async for piece in helper.open(prompt, Sampling()).decode(1)]
+
+    helper.complete = complete
+    whole = helper.tokenizer.encode("é?")  # <s>, two bytes of the letter, the question mark
+    assert asyncio.run(write(whole)) == [helper.tokenizer.encode("!", add_special_tokens=False)]
+    text = "\ufffd"
+    helper.tokenizer.add_tokens([text])
+    with pytest.raises(AssistantRefusal, match="part of a character"):
+        asyncio.run(write(whole))
+    with pytest.raises(AssistantRefusal, match="ends within a character"):
+        asyncio.run(write(whole[:2]))
+    assert prompts == ["é?", "é?"]
 
 
 def test_sampling_travels_with_its_seed():

@@ -112,9 +112,45 @@ def test_calibrate_by_metric_and_by_roc(folder, tmp_path, capsys):
     assert "metric and roc" in capsys.readouterr().err
 
 
-def test_calibrate_says_early_that_it_cannot_save(folder, capsys):
+def test_calibrate_says_early_that_it_cannot_save_or_measure(folder, capsys, monkeypatch):
     assert main(["calibrate", "org/name", "--data", str(folder / "data.jsonl")]) == 2
     assert "hf download" in capsys.readouterr().err
+    monkeypatch.setattr("collm.evaluation.options.load_team", lambda *_: pytest.fail("loaded"))
+    assert run(folder, "calibrate", "--metric", "gsm8") == 2
+    assert 'Did you mean "gsm8k"' in capsys.readouterr().err
+
+
+def test_a_rate_that_no_run_comes_near_leaves_the_nearest_as_the_default(folder, capsys):
+    goal = ["--rates", "0.3", "--target-rate", "0.301", "--tolerance", "0", "--limit", "6", "--dry-run"]
+    assert run(folder, "calibrate", *goal) == 0
+    printed = capsys.readouterr().out
+    said = json.loads(printed.strip().splitlines()[-1])
+    assert "no run came within the tolerance of 30.1%" in printed
+    rates = {float(rate): threshold for rate, threshold in said["rates"].items()}
+    assert said["threshold"] == rates[min(rates, key=lambda rate: abs(rate - 0.301))]
+
+
+def test_a_table_is_saved_before_the_goal_is_worked_out(folder, tmp_path, capsys):
+    base = save_plain(CoLLMForCausalLM.from_pretrained(folder / "base"), tmp_path / "base")
+    save_plain(tiny_model(), tmp_path / "twin")  # never differs from the base: there is no ROC
+    options = ["--assistant", str(tmp_path / "twin"), "--data", str(folder / "data.jsonl"), "--task", "gsm8k"]
+    few = ["--max-new-tokens", "8", "--limit", "6", "--rates", "0.3", "--tolerance", "0.05"]
+    before = CoLLMForCausalLM.from_pretrained(base).config.deferral
+    assert main(["calibrate", base, *options, *few, "--roc"]) == 2
+    assert "needs both kinds of tokens" in capsys.readouterr().err
+    deferral = CoLLMForCausalLM.from_pretrained(base).config.deferral
+    assert [row["texts"] for row in deferral.calibration] == [6]
+    assert deferral.threshold == before.threshold
+
+
+def test_roc_on_engines_is_that_of_the_assistant_that_wrote(folder, tmp_path, capsys):
+    model = CoLLMForCausalLM.from_pretrained(folder / "base")
+    model.config.deferral.assistants = ["org/another"]
+    base = save_plain(model, tmp_path / "base")
+    options = ["--assistant", str(folder / "big"), "--data", str(folder / "data.jsonl"), "--task", "gsm8k"]
+    few = ["--max-new-tokens", "8", "--limit", "6", "--rates", "0.3", "--dry-run", "--roc", "--engine", "sessions"]
+    assert main(["calibrate", base, *options, *few]) == 0
+    assert "ROC: AUC" in capsys.readouterr().out
 
 
 def test_each_model_alone(folder, tmp_path, capsys):
@@ -145,13 +181,38 @@ def test_perplexity_of_the_mixture(folder, tmp_path, capsys):
     )
 
 
-def test_a_metric_is_needed(folder, tmp_path, capsys):
+@pytest.mark.parametrize(("template", "system_prompt"), [(True, "w3"), (False, None)])
+def test_perplexity_is_of_the_answers_to_what_eval_asks(folder, tmp_path, template, system_prompt):
+    from collm.commands.eval import _references
+    from collm.evaluation.options import DataOptions
+
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = tokenizer.chat_template if template else None
+    files = {str(folder / "data.jsonl"): "gsm8k"}
+    if template:
+        turns = [{"role": role, "content": content} for role, content in (("user", "w1"), ("assistant", "w2"))]
+        (tmp_path / "d.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+        files[str(tmp_path / "d.jsonl")] = None
+    for path, task in files.items():
+        for instruction in (None, "w4 w5"):
+            data = DataOptions(data=path, task=task, instruction=instruction, system_prompt=system_prompt)
+            references = _references(data, tokenizer)
+            for problem, (ids, labels) in zip(data.problems(tokenizer), references, strict=True):
+                assert ids[: len(problem.prompt_ids)] == problem.prompt_ids
+                assert [label == -100 for label in labels] == [t < len(problem.prompt_ids) for t in range(len(ids))]
+
+
+def test_a_metric_is_needed(folder, tmp_path, capsys, monkeypatch):
     (tmp_path / "d.jsonl").write_text('{"prompt": "w1", "answer": "w2"}\n')
     common = ["eval", str(folder / "base"), "--assistant", str(folder / "big"), "--data", str(tmp_path / "d.jsonl")]
     assert main([*common, "--output", str(tmp_path / "o")]) == 2
     assert "no metric" in capsys.readouterr().err
     few = ["--metric", "exact_match", "--max-new-tokens", "4"]
     assert main([*common, "--output", str(tmp_path / "o"), *few]) == 0
+    monkeypatch.setattr(CoLLMForCausalLM, "generate", lambda *_, **__: pytest.fail("generated"))
+    few[1] = "bioasq"
+    assert main([*common, "--output", str(tmp_path / "p"), *few]) == 2
+    assert "Row 0: BioASQ has no question type" in capsys.readouterr().err
 
 
 def test_the_number_of_assistants_is_checked(folder, tmp_path, capsys):
@@ -211,3 +272,21 @@ def test_engines_refuse_combiners(folder, tmp_path, capsys):
     options = ["--combiner", "mixture", "--engine", "sessions", "--output", str(tmp_path)]
     assert run(folder, "eval", *options) == 2
     assert "whole distributions" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("engine", ["transformers", "sessions"])
+def test_a_threshold_and_a_rate_are_two_things(folder, tmp_path, capsys, engine):
+    both = ["--threshold", "0.5", "--deferral-rate", "0.2", "--engine", engine, "--output", str(tmp_path)]
+    assert run(folder, "eval", *both) == 2
+    assert "say two things" in capsys.readouterr().err
+
+
+def test_texts_of_an_engine_are_those_of_its_arguments(folder, tmp_path, capsys):
+    def evaluate(arguments: str) -> int:
+        common = ["--engine", "sessions", "--limit", "2", "--threshold", "0.5", "--output", str(tmp_path)]
+        return run(folder, "eval", *common, "--assistant-engine-args", arguments)
+
+    assert evaluate('{"name": "a", "device": "cpu"}') == 0
+    assert evaluate('{"device":"cpu","name":"a"}') == 0
+    assert evaluate('{"name": "b"}') == 2
+    assert "assistant_engine_args" in capsys.readouterr().err

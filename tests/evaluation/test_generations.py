@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from conftest import tiny_model
 
 from collm.errors import ConfigurationError, DataFormatError
 from collm.evaluation.generations import Generation, GenerationStore, data_fingerprint, weights_fingerprint
+from collm.fingerprints import files_fingerprint
 
 
 def generation(number: int, text: str = "a\u2028b\n") -> Generation:
@@ -108,6 +110,28 @@ def test_fingerprints_change_with_what_they_stand_for():
     with torch.no_grad():
         model.lm_head.weight[0, 0] += 1
     assert weights_fingerprint(model) != before
+
+
+def test_files_are_known_by_all_of_their_content(tmp_path):
+    def fingerprint(files: dict[str, bytes], config: dict) -> str:
+        folder = tmp_path / "model"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        for name, content in {**files, "config.json": json.dumps(config).encode()}.items():
+            (folder / name).write_bytes(content)
+        return files_fingerprint(str(folder), None)
+
+    plain, trained = bytes(3 * 2**20), bytes(2**20) + b"1" * (2 * 2**20)  # the same up to the second megabyte
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        before = fingerprint({name: plain}, {"layers": 2})
+        assert fingerprint({name: plain}, {"layers": 2}) == before
+        assert fingerprint({name: trained}, {"layers": 2}) != before
+        assert fingerprint({name: plain}, {"layers": 3}) != before
+    calibrated = [fingerprint({"m.bin": plain}, {"layers": 2, "deferral": {"threshold": t}}) for t in (0.5, 0.2)]
+    assert calibrated[0] == calibrated[1]
+    config = tiny_model().config
+    config._commit_hash = "abc"
+    assert files_fingerprint("org/name", config) == "org/name@abc"
 
 
 def test_lines_are_plain_json(tmp_path):

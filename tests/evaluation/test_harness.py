@@ -78,8 +78,33 @@ def test_contexts_longer_than_the_models_lose_their_beginning(harness):
     generator = torch.Generator().manual_seed(2)
     context = torch.randint(3, VOCAB_SIZE, (300,), generator=generator).tolist()
     [(value, _)] = harness._loglikelihood_tokens([(None, context, [7, 8])], disable_tqdm=True)
-    wanted, _ = oracle(harness, context[-(harness.max_length - 2) :], [7, 8])
+    wanted, _ = oracle(harness, context[-(harness.max_length - 1) :], [7, 8])  # the last token is not read
     assert value == pytest.approx(wanted, abs=1e-4)
+
+
+def test_every_token_of_a_rolling_window_counts(harness, monkeypatch):
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+    monkeypatch.setattr(harness, "_max_length", 40)
+    generator = torch.Generator().manual_seed(3)
+    tokens = torch.randint(3, VOCAB_SIZE, (harness.max_length,), generator=generator).tolist()
+    [window] = map(make_disjoint_window, get_rolling_token_windows(tokens, 1, harness.max_length, 1))
+    assert len(window[0]) + len(window[1]) == harness.max_length + 1
+    [(value, _)] = harness._loglikelihood_tokens([(None, *window)], disable_tqdm=True)
+    wanted, _ = oracle(harness, *window)
+    assert value == pytest.approx(wanted, abs=1e-4)
+
+
+def test_an_automatic_batch_size_and_the_assistants_of_the_checkpoint(folder, harness, tmp_path):
+    from collm import CoLLMForCausalLM
+    from collm.evaluation.harness import CoLLMHarness
+
+    model = CoLLMForCausalLM.from_pretrained(folder / "base")
+    model.config.deferral.assistants = [str(folder / "big1"), str(folder / "big2")]
+    automatic = CoLLMHarness(save_plain(model, tmp_path), batch_size="auto", device="cpu")
+    requests = [(None, [4 + n, 5], [6, 7]) for n in range(5)]
+    scores = [one._loglikelihood_tokens(requests, disable_tqdm=True) for one in (harness, automatic)]
+    assert [value for value, _ in scores[1]] == pytest.approx([value for value, _ in scores[0]], abs=1e-5)
 
 
 def test_generate_until_decodes_collaboratively_and_stops(harness):

@@ -48,3 +48,10 @@ def test_pairing_sees_a_difference_that_separate_intervals_do_not():
     assert paired_bootstrap(base, base, resamples=100)["p"] == 1.0
     with pytest.raises(ValueError, match="same problems"):
         paired_bootstrap([1], [1, 2])
+
+
+def test_problems_that_one_system_has_no_score_for_are_no_pairs():
+    with_others = paired_bootstrap([1.0, None, 0.0, 1.0], [0.0, None, 0.0, None])
+    assert with_others == paired_bootstrap([1.0, 0.0], [0.0, 0.0])
+    with pytest.raises(ValueError, match="at least one"):
+        paired_bootstrap([None], [None])

@@ -24,6 +24,7 @@ def gsm8k_accuracy(text: str, truncated: bool = False) -> float:
         "so \\boxed{18} eggs, on 2 days",
         "so \\(\\boxed{\\$18}\\)",
         "\\boxed{\\frac{36}{2}}",
+        "so \\fbox{18} eggs, on 2 days",
         "The answer is 18. It took 5 steps",
         "Answer: $18",
         "**Final answer: 18**",
@@ -67,9 +68,10 @@ def test_truncated_text_has_only_the_answer_that_it_states():
     assert gsm8k_accuracy("#### 18\nand then she", truncated=True) == 1.0
 
 
-def test_gsm8k_refuses_a_reference_without_a_number():
+@pytest.mark.parametrize("row", [{"answer": "none"}, {}])
+def test_gsm8k_refuses_a_reference_without_a_number(row):
     with pytest.raises(DataFormatError, match="number"):
-        gsm8k({"answer": "none"}, "1")
+        gsm8k(row, "1")
 
 
 @pytest.mark.parametrize(
@@ -96,6 +98,8 @@ def test_math_takes_the_reference_from_the_solution():
     assert math(row, "we get \\boxed{\\dfrac{14}{3}}").values["accuracy"] == 1.0
     assert math(row, "The answer is $\\frac{14}{3}$.").values["accuracy"] == 1.0
     assert math(row, "Hence it is $\\frac{14}{3}$").values["accuracy"] == 1.0
+    assert math(row, "**Final Answer: 14/3**").answer == math(row, "Answer: __14/3.__").answer == "14/3"
+    assert math({"answer": "0.5"}, "The answer is **.5**.").values["accuracy"] == 1.0
     cut = math(row, "Hence $\\frac{14}{3}$ plus", truncated=True)
     assert cut.answer is None
     assert cut.values["accuracy"] == 0.0
@@ -146,9 +150,17 @@ def test_bioasq_summary_takes_the_best_reference():
     assert bioasq(row, "The heart pumps blood.").values == {"rouge2": 1.0, "rougeL": 1.0}
 
 
-def test_bioasq_refuses_unknown_types():
+@pytest.mark.parametrize("row", [{"type": "multi"}, {}])
+def test_bioasq_refuses_unknown_types(row):
     with pytest.raises(DataFormatError, match="yesno"):
-        bioasq({"type": "multi"}, "")
+        bioasq(row, "")
+
+
+@pytest.mark.parametrize("kind", ["yesno", "factoid", "list", "summary"])
+def test_bioasq_refuses_questions_without_an_answer(kind):
+    for answers in ({}, {"exact_answer": [[]], "ideal_answer": []}, {"exact_answer": None, "ideal_answer": ""}):
+        with pytest.raises(DataFormatError, match=f"_answer` for a {kind} question"):
+            bioasq({"type": kind, **answers}, "yes")
 
 
 def test_items():
@@ -173,6 +185,6 @@ def test_user_metric(tmp_path, monkeypatch):
     assert get_metric("my_metric_module:length")({"n": 2}, "ab", False).values == {"length": 1.0}
     parts = get_metric("my_metric_module:parts")
     assert parts({}, "x", False).values == {"a": 1.0, "b": 0.5}
-    assert parts({}, "", False) == metrics.Score({"parts": 0.0}, None)
+    assert parts({}, "", False) == metrics.Score({}, None)
     with pytest.raises(ConfigurationError, match="missing"):
         get_metric("my_metric_module:missing")

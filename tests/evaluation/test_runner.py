@@ -4,19 +4,29 @@ import pytest
 import torch
 from conftest import tiny_collm, tiny_model
 
-from collm.errors import DataFormatError
+from collm.errors import ConfigurationError, DataFormatError
 from collm.evaluation.generations import Generation, GenerationStore
 from collm.evaluation.metrics import Score, get_metric
-from collm.evaluation.runner import ModelWriter, generate_all, headline_scores, left_padded, make_problems, summarise
+from collm.evaluation.runner import (
+    ModelWriter,
+    check_references,
+    generate_all,
+    headline_scores,
+    left_padded,
+    make_problems,
+    summarise,
+)
 
 ROWS = [{"prompt": f"w{i} " * (1 + i % 3) + "=", "answer": str(i % 10)} for i in range(7)]
 
 
-def test_prompts_are_those_of_training(tokenizer):
+@pytest.mark.parametrize("template", [True, False])
+def test_prompts_are_those_of_training(tokenizer, template):
     from datasets import Dataset
 
     from collm.data.formatting import format_rows
 
+    tokenizer.chat_template = tokenizer.chat_template if template else None
     rows = [{"question": "1 + 2 =", "answer": "3 # 3"}, {"question": "w1 w2 ?", "answer": "w3"}]
     formatted, _ = format_rows(Dataset.from_list(rows), tokenizer, "gsm8k")
     for problem, row in zip(make_problems(rows, tokenizer, "gsm8k"), formatted, strict=True):
@@ -38,8 +48,22 @@ def test_instruction_and_system_prompt_and_messages(tokenizer):
     [spoken] = make_problems([{"messages": turns}], tokenizer)
     [asked] = make_problems([{"prompt": "w1"}], tokenizer)
     assert spoken.prompt_ids == asked.prompt_ids
-    with pytest.raises(DataFormatError, match="Row 0 has no 'prompt'"):
-        make_problems([{"text": "w1"}], tokenizer)
+    [asked] = make_problems([{"prompt": "w1"}], tokenizer, instruction="w2")
+    for row in ({"messages": turns}, {"prompt": turns[:1]}):
+        [spoken] = make_problems([row], tokenizer, instruction="w2")
+        assert spoken.prompt_ids == asked.prompt_ids
+    tokenizer.chat_template = None
+    with pytest.raises(ConfigurationError, match="system prompt needs a conversation"):
+        make_problems([{"prompt": "w1"}], tokenizer, system_prompt="w3")
+
+
+@pytest.mark.parametrize(
+    "row", [{"text": "w1"}, {"prompt": None}, {"prompt": []}, {"messages": [{"role": "user", "content": "w1"}]}]
+)
+def test_a_row_that_asks_nothing_is_named(tokenizer, row):
+    for system_prompt in (None, "w2"):
+        with pytest.raises(DataFormatError, match="Row 1: it asks nothing"):
+            make_problems([{"prompt": "w1"}, row], tokenizer, system_prompt=system_prompt)
 
 
 def test_bioasq_rows_are_unpacked(tokenizer):
@@ -151,7 +175,42 @@ def test_graded_scores_get_a_bootstrap_interval_and_kinds_their_own_count(tokeni
     assert result["metrics"]["f1"]["n"] == 2
     assert 0.2 <= result["metrics"]["f1"]["low"] < 0.5 < result["metrics"]["f1"]["high"] <= 0.8
     assert result["metrics"]["other"]["n"] == 1
+    assert headline_scores(result) == [0.2, 0.8, None]
     assert result["active_parameters"] is None
+
+
+def test_a_text_without_an_answer_counts_as_zero_under_every_name(tokenizer):
+    problems = make_problems(ROWS[:3], tokenizer)
+
+    def summary(*scores):
+        left = iter(scores)
+
+        def mine(row, text, truncated):
+            return next(left)
+
+        return summarise(problems, [Generation(i, "x", [5], [0]) for i in range(3)], mine)
+
+    none, read = Score({}, None), Score({"right": 1.0, "brief": 1.0}, "x")
+    result = summary(none, read, read)
+    assert result["headline"] == "right"
+    assert {name: value["mean"] for name, value in result["metrics"].items()} == pytest.approx(
+        {"right": 2 / 3, "brief": 2 / 3}
+    )
+    assert headline_scores(result) == [0.0, 1.0, 1.0]
+    assert result["unparsable"] == 1
+    result = summary(none, none, none)
+    assert (result["headline"], result["metrics"]["mine"]["mean"]) == ("mine", 0.0)
+
+
+def test_rows_that_a_metric_cannot_score_are_named(tokenizer):
+    problems = make_problems([ROWS[0], {"prompt": "w1"}], tokenizer)
+    for look in (
+        lambda metric: check_references(problems, metric),
+        lambda metric: summarise(problems, [Generation(i, "1", [5], [0]) for i in range(2)], metric),
+    ):
+        with pytest.raises(DataFormatError, match="Row 1: GSM8K needs a number"):
+            look(get_metric("gsm8k"))
+    check_references(problems, lambda row, text, truncated: row["no such column"])
 
 
 def test_left_padding():

@@ -122,6 +122,63 @@ def test_comparison_is_by_the_asked_rate():
     assert points[-1]["over_random"]["difference"] == 0.5
     assert "over_random" not in points[0]
     assert "over_random" not in points[2]
+    for p in points:
+        p["scores"] += [None, None]  # questions of another kind
+    add_comparisons(points)
+    assert points[-1]["over_random"]["difference"] == 0.5
+
+
+def test_methods_that_cannot_be_had_are_said_before_anything_is_loaded(tmp_path, capsys, monkeypatch):
+    loaded = []
+
+    def load_team(*arguments):
+        loaded.append(arguments)
+        raise ConfigurationError("loaded")
+
+    monkeypatch.setattr("collm.evaluation.options.load_team", load_team)
+
+    def sweep(*options):
+        assert (
+            main(["sweep", "base", "--data", "d.jsonl", "--metric", "gsm8k", "--output", str(tmp_path), *options]) == 2
+        )
+        return capsys.readouterr().err
+
+    for engine, method, needed in (
+        ("sessions", "mixture", "--engine transformers"),
+        ("vllm", "margin", "--engine transformers"),
+        ("transformers", "proxy_tuning", "--untuned"),
+        ("transformers", "entropi", 'Did you mean "entropy"'),
+    ):
+        assert needed in sweep("--engine", engine, "--methods", "base", method)
+    assert "--calibration-problems" in sweep("--methods", "entropy", "--calibration-problems", "0")
+    assert not loaded
+    assert "left out" not in sweep()
+    [line] = [line for line in sweep("--engine", "sessions").splitlines() if "left out" in line]
+    assert "mixture" in line
+    assert "contrastive" in line
+    assert "proxy_tuning" not in line
+    assert len(loaded) == 2
+
+
+def test_a_sweep_over_questions_of_several_kinds(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    model = tiny_collm()
+    model.deferral_head.weight.data.mul_(0.3)
+    save_plain(model, tmp_path / "base")
+    save_plain(tiny_model(seed=5), tmp_path / "big")
+    kinds = ({"type": "yesno", "exact_answer": "yes"}, {"type": "factoid", "exact_answer": [["w1"]]})
+    questions = [{"body": f"w{i} ?", "ideal_answer": "w2", **kinds[i % 2]} for i in range(8)]
+    (tmp_path / "d.json").write_text(json.dumps({"questions": questions}))
+    command = [
+        "sweep", str(tmp_path / "base"), "--assistant", str(tmp_path / "big"), "--data", str(tmp_path / "d.json"),
+        "--task", "bioasq", "--max-new-tokens", "8", "--calibration-problems", "4", "--rates", "0.3",
+        "--methods", "random", "learned", "--output", str(tmp_path / "o"),
+    ]  # fmt: skip
+    assert main(command) == 0
+    points = json.loads((tmp_path / "o" / "sweep.json").read_text())["points"]
+    assert [score is None for score in points[1]["scores"]] == [False, True, False, True]
+    assert "over_random" in points[1]
+    assert (tmp_path / "o" / "sweep.html").exists()
 
 
 def test_the_command_writes_json_png_and_html_and_goes_on_where_it_was(tmp_path, capsys):

@@ -37,6 +37,8 @@ def test_leading_spaces_of_sentencepiece_style_tokens_are_kept():
     tokenizer.decoder = decoders.Metaspace()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
     assert token_texts(fast, [0, 1, 2, 1]) == ["a", " b", "c", " b"]
+    view = TokenView.from_ids(fast, [0, 1, 2, 1], [0] * 4, None, [1, 1, 0, 0])
+    assert [token.alternative for token in view.tokens] == ["b", " b", " a", " a"]
 
 
 def test_from_ids_leaves_padding_out(byte_tokenizer):
@@ -54,3 +56,9 @@ def test_from_ids_leaves_padding_out(byte_tokenizer):
     assert view.deferred(0) == 1
     assert [t.deferral for t in view.tokens] == [0.25, 0.75, 0.5]
     assert [t.alternative for t in view.tokens] == [None, "b", "a"]
+
+
+def test_the_same_token_is_no_other_token_inside_of_a_character(byte_tokenizer):
+    ids = byte_tokenizer.encode("aaaaaaaaaaaa🦆")
+    view = TokenView.from_ids(byte_tokenizer, ids, [1] * len(ids), None, ids)
+    assert [token.alternative for token in view.tokens] == [token.text for token in view.tokens]

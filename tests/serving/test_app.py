@@ -428,6 +428,13 @@ def test_more_answers_than_there_are_places_are_not_put_off():
         assert (answer.status_code, "4 at once" in answer.text) == (400, True)
 
 
+@pytest.mark.parametrize("router", ["ema", "random:rate=0.2", "entropy:cut=1"])
+def test_a_rate_is_the_heads(server, router):
+    body = {"model": "tiny@rate=0.1", "prompt": [5, 6], "router": router}
+    answer = httpx.post(server.url + "/v1/completions", json=body)
+    assert (answer.status_code, "learned router" in answer.text) == (400, True)
+
+
 def test_null_is_what_is_not_said(client):
     nothing = dict.fromkeys(("temperature", "top_p", "n", "stream", "max_tokens", "seed", "stop"))
     assert client.completions.create(model="tiny", prompt=[5, 6], extra_body=nothing).usage.completion_tokens <= 16

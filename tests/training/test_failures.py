@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback
 
 from collm.data.collator import DataCollatorForCoLLM
-from collm.errors import TrainingError
+from collm.errors import ConfigurationError, TrainingError
 from collm.training import train as training
 from collm.training.arguments import TrainArguments
 from collm.training.callbacks import StopOnNaNCallback, last_checkpoint
@@ -77,6 +78,30 @@ def test_killed_run_goes_on_to_the_weights_of_an_uninterrupted_one(run, tmp_path
         torch.testing.assert_close(killed[name], value, atol=1e-6, rtol=1e-5)
     configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("whole", "killed")]
     assert configs[0]["deferral"] == configs[1]["deferral"]
+
+
+def test_a_run_goes_on_with_its_own_model_and_data_alone(run, tmp_path, caplog):
+    out, data = tmp_path / "out", shutil.copytree(run["data"], tmp_path / "data")
+    own = options({**run, "data": str(data)}, out, max_steps=2, save_steps=1)
+    training.train(TrainArguments(**own))
+    (out / "collm_training.json").unlink()
+    shutil.rmtree(out / "checkpoint-2")
+
+    def refused(match, **more):
+        with pytest.raises(ConfigurationError, match=f"checkpoint-1 is of another run: {match}.*another output_dir"):
+            training.train(TrainArguments(**{**own, **more}))
+
+    refused("model was .*model-0, is now .*model-1", model=run["assistant"])
+    refused("data was .*data, is now .*scored", data=run["data"])
+    refused("mode was full, is now lora", mode="lora")
+    refused("objective was marginal_likelihood, is now weak_supervision", objective="weak_supervision")
+    refused("features was .*uncertainty.*bias was False, is now True", features=["hidden"], bias=True)
+    scores = (data / "collm_scores.json").read_text()
+    (data / "collm_scores.json").write_text(scores + "\n")  # scored again, with another result
+    refused("data_fingerprint was")
+    (data / "collm_scores.json").write_text(scores)
+    training.train(TrainArguments(**own, features=["hidden", "uncertainty"], lr_scheduler_type="constant"))
+    assert "options differ from those of the interrupted run: features, lr_scheduler_type." in caplog.text
 
 
 def test_half_written_checkpoints_are_passed_over(tmp_path):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -14,7 +15,7 @@ from conftest import tiny_collm
 from helpers import scored_rows, separable_rows
 
 from collm.data.collator import DataCollatorForCoLLM
-from collm.errors import ScoreMismatchError
+from collm.errors import ConfigurationError, ScoreMismatchError
 from collm.losses import marginal_likelihood_loss
 from collm.training.cache import cache_targets
 from collm.training.head import train_head
@@ -88,15 +89,38 @@ def test_cache_equals_memory_and_is_reused(tmp_path):
     model, rows = tiny_collm(num_assistants=2), scored_rows(40, num_assistants=2)
     cached = cache_targets(model, rows, COLLATOR, tmp_path, batch_size=4, progress=False)
     collected = collect_targets(model, rows, COLLATOR, batch_size=3, progress=False)
-    assert len(cached) == len(collected)
     for name, column in cached.columns().items():
-        ours = torch.cat([column[cached.rows == row] for row in range(len(rows))])
-        theirs = torch.cat([getattr(collected, name)[collected.rows == row] for row in range(len(rows))])
-        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(column, getattr(collected, name), atol=1e-4, rtol=1e-4)
     forward_passes = []
     model.model.register_forward_hook(lambda *_: forward_passes.append(1))
     cache_targets(model, rows, COLLATOR, tmp_path, batch_size=4, progress=False)
     assert not forward_passes
+
+
+def test_held_out_rows_are_of_every_length_and_the_same_with_a_cache(tmp_path):
+    rows, heads = scored_rows(200, length=40), []
+    data = cache_targets(tiny_collm(), rows, COLLATOR, tmp_path, batch_size=4, progress=False)
+    lengths = [torch.tensor([len(rows[row]["labels"]) for row in part.rows.unique()]) for part in data.split(0.25)]
+    assert [len(part) for part in lengths] == [150, 50]
+    assert lengths[1].max() > 35
+    assert abs(lengths[0].float().mean() - lengths[1].float().mean()) < 5
+    for cache in (tmp_path, None):
+        model = tiny_collm()
+        result = train_head(model, rows, COLLATOR, cache, held_out=0.25, batch_size=4, progress=False)
+        heads.append((result.held_out_tokens, model.deferral_head.weight))
+    assert heads[0][0] == heads[1][0] == len(data.split(0.25)[1])
+    torch.testing.assert_close(heads[0][1], heads[1][1], atol=1e-3, rtol=1e-2)
+
+
+def test_values_that_would_leave_nothing_to_fit_are_refused_before_any_work(tmp_path):
+    for options, message in (
+        ({"held_out": 1.0}, "held_out is 1.0; it is a share"),
+        ({"held_out": -0.1}, "at least 0"),
+        ({"positive_weight": "sqrt-balanced"}, 'Did you mean "sqrt_balanced"'),
+    ):
+        with pytest.raises(ConfigurationError, match=message):
+            train_head(tiny_collm(), scored_rows(8), COLLATOR, tmp_path / "cache", **options)
+    assert not (tmp_path / "cache").exists()
 
 
 def test_cache_of_another_base_data_or_features_is_refused(tmp_path):
@@ -109,6 +133,11 @@ def test_cache_of_another_base_data_or_features_is_refused(tmp_path):
     ]:
         with pytest.raises(ScoreMismatchError, match=what):
             cache_targets(other, data, COLLATOR, tmp_path, progress=False)
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    del manifest["layout"]  # a cache whose rows lie in another order
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ScoreMismatchError, match="layout"):
+        cache_targets(tiny_collm(), rows, COLLATOR, tmp_path, progress=False)
 
 
 def test_full_disk_is_an_error_before_any_work(tmp_path, monkeypatch):

@@ -2,20 +2,23 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import save_plain
 from helpers import make_run
 from transformers import AutoModelForCausalLM
 
 from collm import CoLLMForCausalLM
-from collm.commands import execute
+from collm.cli import main
+from collm.commands import command_parser, execute
 from collm.commands import train as command
 from collm.data.collator import DataCollatorForCoLLM
 from collm.data.scoring import load_scored
-from collm.errors import ConfigurationError, DataFormatError
+from collm.errors import CheckpointError, ConfigurationError, DataFormatError, ScoreMismatchError
 from collm.training.arguments import TrainArguments
 from collm.training.train import load_model, merge_adapter, train
 
@@ -166,6 +169,81 @@ def test_two_assistants(tmp_path):
     assert CoLLMForCausalLM.from_pretrained(tmp_path / "out").config.deferral.num_assistants == 2
 
 
+# ---- Going on from a deferral checkpoint -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def full(run, tmp_path_factory) -> str:
+    """A fully trained checkpoint with a head on hidden alone, and calibrated."""
+    folder = tmp_path_factory.mktemp("full")
+    trained(run, folder, features=["hidden"], learning_rate=1e-2, save_strategy="no")
+    edit(folder / "config.json", threshold=0.7, calibration=[{"rate": 0.2, "threshold": 0.7}])
+    return str(folder)
+
+
+def edit(path: Path, **deferral) -> None:
+    config = json.loads(path.read_text())
+    config["deferral"].update(deferral)
+    path.write_text(json.dumps(config))
+
+
+def outputs(run, folder):
+    batch = first_batch(run)
+    with torch.no_grad():
+        return CoLLMForCausalLM.from_pretrained(folder).eval()(batch["input_ids"])
+
+
+def test_head_and_adapter_of_a_deferral_checkpoint_load_on_its_weights(run, full, tmp_path):
+    """A learning rate of 0 leaves adapters at zero: every checkpoint here says what the full one says."""
+    options = {"learning_rate": 0.0, "max_steps": 1, "save_strategy": "no", "merge_adapter": False}
+    expected = outputs(run, full)
+    assert not torch.equal(expected.logits, outputs(run, run["model"]).logits)
+    for name, model, mode, base in (
+        ("head", full, "head", full),
+        ("lora", full, "lora", full),
+        ("lora-of-head", tmp_path / "head", "lora", full),
+        ("head-of-head", tmp_path / "head", "head", full),
+        ("lora-of-lora", tmp_path / "lora", "lora", tmp_path / "lora"),
+        ("head-of-lora", tmp_path / "lora", "head", tmp_path / "lora"),
+    ):
+        trained({**run, "model": str(model)}, tmp_path / name, mode=mode, **options)
+        found = outputs(run, tmp_path / name)
+        torch.testing.assert_close(found.logits, expected.logits, msg=name)
+        if name == "lora":
+            torch.testing.assert_close(found.deferral_logits, expected.deferral_logits)
+        config = json.loads((tmp_path / name / "config.json").read_text())
+        assert config["deferral"]["base_model"] == str(base), name
+
+
+def test_going_on_keeps_the_head_and_drops_its_calibration(run, full, tmp_path, caplog):
+    options = {"learning_rate": 0.0, "max_steps": 1, "save_strategy": "no"}
+    expected = outputs(run, full).deferral_logits
+    trained({**run, "model": full}, tmp_path / "on", **options)
+    assert "Z-initialisation skipped" in caplog.text
+    assert "calibrate again" in caplog.text
+    assert torch.equal(outputs(run, tmp_path / "on").deferral_logits, expected)
+    deferral = CoLLMForCausalLM.from_pretrained(tmp_path / "on").config.deferral
+    assert (deferral.features, deferral.threshold, deferral.calibration) == (["hidden"], 0.5, [])
+
+    trained({**run, "model": full}, tmp_path / "anew", z_initialization=True, **options)
+    assert not torch.allclose(outputs(run, tmp_path / "anew").deferral_logits, expected)
+    with pytest.raises(CheckpointError, match=r"was trained with features=\['hidden'\]"):
+        trained({**run, "model": full}, tmp_path / "other", features=["hidden", "uncertainty"])
+
+
+def test_assistants_in_another_order_are_refused(tmp_path):
+    run = make_run(tmp_path, assistants=2)
+    model = CoLLMForCausalLM.from_pretrained(run["model"], num_assistants=2)
+    names = [f"{tmp_path}/model-{k}" for k in (2, 1)]
+    model.config.deferral.assistants = names
+    save_plain(model, tmp_path / "checkpoint")
+    with pytest.raises(ScoreMismatchError, match=r"model-2, .*model-1, in the order of its rows"):
+        trained({**run, "model": str(tmp_path / "checkpoint")}, tmp_path / "out")
+    edit(tmp_path / "checkpoint" / "config.json", assistants=["org/a", "org/b"])
+    arguments = TrainArguments(**settings({**run, "model": str(tmp_path / "checkpoint")}, tmp_path / "out"))
+    assert load_model(arguments, names[::-1]).config.deferral.assistants == names[::-1]
+
+
 # ---- The command ---------------------------------------------------------------------------------------------------
 
 
@@ -207,6 +285,51 @@ def test_wrong_options_are_refused_before_any_work(run, tmp_path):
     trained(run, tmp_path / "done", max_steps=1, save_strategy="no")
     with pytest.raises(ConfigurationError, match="finished run"):
         trained(run, tmp_path / "done", max_steps=1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mode": "head", "head_held_out": 1.0}, "held_out is 1.0"),
+        ({"mode": "head", "z_positive_weight": "sqrt-balanced"}, 'Did you mean "sqrt_balanced"'),
+        ({"mode": "head", "eval_data": "scored"}, "leave eval_data away"),
+        ({"dtype": "float31"}, 'Did you mean "float32"'),
+        ({"attn_implementation": "flash_atention_2"}, "cannot be loaded like this.*flash_atention_2"),
+        ({"mode": "lora", "lora_target_modules": ["foo"]}, r"cannot get adapters on \['foo'\]"),
+        ({"resume_from_checkpoint": "/nope"}, "which is no complete checkpoint"),
+    ],
+)
+def test_wrong_values_are_said_without_a_traceback(run, tmp_path, capsys, options, message):
+    path = write_yaml(tmp_path / "run.yaml", settings(run, tmp_path / "out", **options, report_to="none"))
+    assert main(["train", path]) == 2
+    assert re.search(message, capsys.readouterr().err.replace("\n", " "))
+
+
+def test_attention_that_is_not_installed_is_said_without_a_traceback(run, tmp_path):
+    if importlib.util.find_spec("flash_attn"):
+        pytest.skip("flash_attn is installed")
+    with pytest.raises(ConfigurationError, match="cannot be loaded like this"):
+        trained(run, tmp_path, attn_implementation="flash_attention_2")
+
+
+def test_options_that_are_unset_unless_given(run):
+    def read(*options):
+        given = ["--model", "m", "--data", "d", "--use-cpu", *options]
+        arguments = command_parser("train", command).parse(given)[0]
+        return arguments.features, arguments.bias, arguments.z_initialization
+
+    assert read() == (None, None, None)
+    assert read("--bias", "--z-initialization", "--features", "hidden") == (["hidden"], True, True)
+    assert read("--bias", "false", "--z-initialization", "false") == (None, False, False)
+
+
+def test_evaluation_data_of_other_assistants_is_refused(run, tmp_path):
+    other = shutil.copytree(run["data"], tmp_path / "other")
+    scores = json.loads((other / "collm_scores.json").read_text())
+    scores["assistants"][0]["name"] = "org/big"
+    (other / "collm_scores.json").write_text(json.dumps(scores))
+    with pytest.raises(ScoreMismatchError, match=r"was scored by org/big, .*model-1: score both"):
+        trained(run, tmp_path / "out", eval_data=str(other))
 
 
 def test_qlora_says_what_it_needs(run, tmp_path, monkeypatch):
