@@ -95,6 +95,8 @@ def _task(
 
 def _team(models: ModelOptions, data: DataOptions, options: EvalOptions, arguments: dict[str, Any]) -> Any:
     """Whoever writes, its options set. In transformers, a model that writes alone is loaded alone."""
+    from collm.checkpoints import read_config
+    from collm.configuration import DeferralConfig
     from collm.data.tokenizers import checkpoint_tokenizer, load_tokenizer
     from collm.errors import ConfigurationError
     from collm.evaluation.generations import weights_fingerprint
@@ -111,7 +113,8 @@ def _team(models: ModelOptions, data: DataOptions, options: EvalOptions, argumen
             )
         if options.alone:
             arguments = {**arguments, "threshold": 1.0}  # never defers
-        tokenizer = load_tokenizer(models.checkpoint)
+        deferral = getattr(read_config(models.checkpoint, {})[0], "deferral", None)
+        tokenizer = checkpoint_tokenizer(models.checkpoint, DeferralConfig.from_any(deferral).base_model)
         written: Any = ServerWriter(options.server, tokenizer, arguments, data.max_new_tokens, data.seed)
         names = [short_name(name) for name in (models.checkpoint, *([] if options.alone else models.assistant))]
         return Team(None, tokenizer, names, written, [], [], {"server": written.model}, [written])

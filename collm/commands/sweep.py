@@ -121,6 +121,9 @@ def _sweep(team: Any, models: ModelOptions, data: DataOptions, options: SweepOpt
     problems = data.problems(team.tokenizer)
     check_references(problems, get_metric(metric))
     count = options.calibration_problems
+    if "learned" in options.methods and not count:
+        for rate in options.rates:
+            team.model.config.deferral.threshold_for_rate(rate)  # or say so now
     if options.calibration_data:
         apart = dataclasses.replace(data, data=options.calibration_data, first=0, limit=count)
         calibration, reported = apart.problems(team.tokenizer), problems

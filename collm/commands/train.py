@@ -18,10 +18,12 @@ __all__ = ["EXAMPLE", "HELP", "Arguments", "run"]
 
 def run(arguments: Arguments) -> int:
     """Train; the last line on standard output is a JSON object with the folder and the final numbers."""
+    from collm.training.distributed import leave
     from collm.training.train import train
 
     record = train(arguments)
     if arguments.process_index == 0:
         final = {name: value for name, value in record["results"].items() if name != "log_history"}
         print(json.dumps({"output_dir": arguments.output_dir, **final}, default=str))
+    leave()
     return 0

@@ -147,7 +147,9 @@ class VLLMSession(Tokens):
         self, max_tokens: int, stop_ids: frozenset[int], gate: Gate | None, gate_ids: list[int], head_ids: list[int]
     ) -> SamplingParams:
         s = self._sampling
-        bias = {**s.logit_bias, **dict.fromkeys(gate_ids, gate_bias(gate.cut))} if gate else s.logit_bias
+        bias = {token: value for token, value in s.logit_bias.items() if token < self._engine.vocab_size}
+        if gate:
+            bias |= dict.fromkeys(gate_ids, gate_bias(gate.cut))
         return SamplingParams(
             max_tokens=max_tokens,
             temperature=s.temperature,

@@ -18,6 +18,13 @@ def is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
+def leave() -> None:
+    """End the process group together: a process that exits first can abort, and takes the one down that still saves."""
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
 def gather_rows(rows: Tensor) -> Tensor:
     """Rows `(n, ...)` of every process, in order of rank, on the CPU; n may differ, the rest of the shape may not."""
     if not is_distributed():

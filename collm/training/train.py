@@ -154,6 +154,7 @@ def load_model(arguments: TrainArguments, assistants: list[str]) -> Any:
     with _wrong_options(f"the model {arguments.model} cannot be loaded like this"):
         if arguments.objective == "sft":
             model = AutoModelForCausalLM.from_pretrained(arguments.model, **options)
+            vars(model.config).pop("deferral", None)  # of a deferral checkpoint: this model has no head
         else:
             deferral = {
                 "num_assistants": len(assistants),

@@ -259,3 +259,9 @@ def test_other_checkpoints_write_on_the_engine_of_the_sweep(tmp_path, capsys):
     # Texts of another fine-tuned base are not taken for this one's.
     assert texts("sessions", str(tmp_path / "big"), "b")[0] != 0
     assert "other settings (weights" in capsys.readouterr().err
+    # Nor is a head without thresholds noticed after the other rows only.
+    command = ["sweep", str(tmp_path / "base"), "--assistant", str(tmp_path / "big"), "--task", "gsm8k", "--data"]
+    command += [str(tmp_path / "d.jsonl"), "--methods", "base", "learned", "--calibration-problems", "0", "--output"]
+    assert main([*command, str(tmp_path / "c")]) == 2
+    assert "collm calibrate" in capsys.readouterr().err
+    assert not (tmp_path / "c" / "texts").exists()

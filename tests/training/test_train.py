@@ -142,6 +142,9 @@ def test_supervised_fine_tuning_of_a_plain_model(run, tmp_path):
     assert "deferral" not in json.loads((tmp_path / "full" / "config.json").read_text())
     losses = [entry["loss"] for entry in record["results"]["log_history"] if "loss" in entry]
     assert sum(losses[-6:]) < 0.8 * sum(losses[:6])
+    trained(run, tmp_path / "pair", max_steps=1)  # a deferral checkpoint: its head is not the plain model's
+    trained({**run, "model": str(tmp_path / "pair")}, tmp_path / "again", objective="sft", max_steps=1)
+    assert "deferral" not in json.loads((tmp_path / "again" / "config.json").read_text())
 
 
 def test_supervised_fine_tuning_formats_rows_and_merges_adapters(run, tmp_path):
