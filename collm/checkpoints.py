@@ -295,20 +295,13 @@ def check_base_untrained(name: str) -> None:
     Raises:
         CheckpointError: the base of the checkpoint `name` was trained too.
     """
-    advice = "so that the head alone would be wrong. Take all of it."
+    deferral = DeferralConfig.from_any(getattr(read_config(name, {})[0], "deferral", None))
     with _checkpoint_errors(name):
-        if _find(name, ADAPTER_FILE, {}):
-            raise CheckpointError(f'"{name}" is an adapter: it changes its base, {advice}')
-    file = Path(name, TRAINING_FILE)
-    try:
-        training = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    except ValueError as error:
-        raise CheckpointError(f"{file} is no JSON: {error}") from error
-    if training.get("mode", "head") != "head":
-        raise CheckpointError(
-            f'"{name}" was trained with mode {training["mode"]}: its base differs from {training.get("base_model")}, '
-            f"{advice}"
-        )
+        if deferral.base_trained or _find(name, ADAPTER_FILE, {}):
+            raise CheckpointError(
+                f'the base of "{name}" was trained too: it differs from {deferral.base_model}, so that the head alone '
+                "would be wrong. Take all of it."
+            )
 
 
 def link_full_checkpoint(name: str, folder: str | os.PathLike[str]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -37,6 +38,8 @@ class DeferralConfig(dict):
         threshold (`float`, *optional*, defaults to 0.5): eta; the assistant writes where d_t > eta.
         calibration (`list[dict]`): rows with at least `rate` and `threshold`, from `collm calibrate`.
         base_model (`str`, *optional*): name of the base that the checkpoint was made from.
+        base_trained (`bool`, *optional*, defaults to `False`): whether the base was trained with the head, so that the
+            head alone does not go with `base_model`; `collm train` says so.
     """
 
     num_assistants: int = 1
@@ -50,6 +53,7 @@ class DeferralConfig(dict):
     threshold: float = 0.5
     calibration: list[dict[str, Any]] = field(default_factory=list)
     base_model: str | None = None
+    base_trained: bool = False
 
     def __new__(cls, *args: Any, **kwargs: Any) -> DeferralConfig:
         config = super().__new__(cls)
@@ -135,6 +139,11 @@ class DeferralConfig(dict):
                 weight = (rate - low["rate"]) / span if span else 0.0
                 return _between(low["threshold"], high["threshold"], weight)
         raise CalibrationError(f"the calibration table is damaged: {self.calibration}")
+
+
+# `__new__` takes anything; what a `DeferralConfig` takes is said by its fields.
+_PARAMETERS = list(inspect.signature(DeferralConfig.__init__).parameters.values())[1:]
+DeferralConfig.__signature__ = inspect.Signature(_PARAMETERS)  # type: ignore[attr-defined]
 
 
 def _between(low: float, high: float, weight: float) -> float:

@@ -203,9 +203,10 @@ def test_a_record_that_is_no_json_is_named(tmp_path):
 
 
 def test_the_head_alone_is_refused_where_the_base_was_trained(tmp_path):
-    tiny_collm().save_pretrained(tmp_path)
-    (tmp_path / "collm_training.json").write_text(json.dumps({"mode": "full", "base_model": "org/base"}))
-    with pytest.raises(CheckpointError, match=r"was trained with mode full: its base differs from org/base"):
+    model = tiny_collm()
+    model.config.deferral.update(base_model="org/base", base_trained=True)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"trained too: it differs from org/base"):
         push_checkpoint(tmp_path, "me/x", head_only=True)
 
 

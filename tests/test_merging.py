@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -66,18 +64,15 @@ def test_the_head_alone_is_not_exported_where_the_base_was_trained(tmp_path, cap
     model = tiny_collm()
     model.config.deferral.base_model = "org/base"
     save_plain(model, tmp_path / "own")
-    export = ["export", str(tmp_path / "own"), str(tmp_path / "out"), "--head-only"]
-    record = tmp_path / "own" / "collm_training.json"
-    for said, message in (
-        (json.dumps({"mode": "full", "base_model": "org/base"}), "mode full: its base differs from org/base"),
-        ("{", "is no JSON"),
-    ):
-        record.write_text(said)
-        assert main(export) == 2
-        assert message in capsys.readouterr().err
-    record.write_text(json.dumps({"mode": "head"}))
-    assert main(export) == 0
-    (tmp_path / "own" / "adapter_config.json").write_text("{}")
-    assert main(export) == 2
-    assert "is an adapter" in capsys.readouterr().err
+    assert main(["export", str(tmp_path / "own"), str(tmp_path / "out"), "--head-only"]) == 0
+    model.config.deferral.base_trained = True
+    save_plain(model, tmp_path / "own")
+    assert main(["export", str(tmp_path / "own"), str(tmp_path / "copy")]) == 0  # a copy says so too
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    (tmp_path / "adapter" / "config.json").write_text('{"model_type": "llama", "deferral": {"base_model": "org/base"}}')
+    capsys.readouterr()
+    for name in ("own", "copy", "adapter"):
+        assert main(["export", str(tmp_path / name), str(tmp_path / "out"), "--head-only"]) == 2
+        assert "trained too: it differs from org/base" in capsys.readouterr().err
     assert main(["export", str(tmp_path / "nothing"), str(tmp_path / "out"), "--head-only"]) == 2

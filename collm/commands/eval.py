@@ -167,13 +167,14 @@ def _references(data: DataOptions, tokenizer: Any) -> list[tuple[list[int], list
     from collm.evaluation.runner import put
 
     convert = get_task(data.task) if data.task else dict
-    conversations = bool(data.task and Chat(tokenizer, data.chat_template).template)
+    conversations = bool(Chat(tokenizer, data.chat_template).template)
 
     def asked(row: dict[str, Any]) -> dict[str, Any]:
-        return put(convert(row), conversations, data.instruction, data.system_prompt)
+        made = convert(row)
+        return dict(made) if "text" in made else put(made, conversations, data.instruction, data.system_prompt)
 
     rows, task = data.rows(), data.task
-    if data.instruction or data.system_prompt is not None:
+    if conversations or data.instruction or data.system_prompt is not None:
         rows, task = (rows, asked) if task else ([asked(row) for row in rows], None)  # type: ignore[assignment]
     formatted, report = format_rows(Dataset.from_list(rows), tokenizer, task, chat_template=data.chat_template)
     print(report)

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -113,7 +114,10 @@ def run(arguments: Arguments) -> int:
             f"warning: listening on {arguments.host} without --api-key: anybody who reaches it may use it", flush=True
         )
     app = create_app(service, keys, arguments.max_body_bytes, arguments.cors_origin)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # uvicorn closes the engines, then dies of it as supervisors expect
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(
+            signal.SIGTERM, signal.SIG_DFL
+        )  # uvicorn closes the engines, then dies of it as supervisors expect
     uvicorn.run(
         app,
         host=arguments.host,

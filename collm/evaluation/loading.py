@@ -16,6 +16,15 @@ from collm.evaluation.generations import weights_fingerprint
 from collm.evaluation.runner import ModelWriter, Writer
 from collm.fingerprints import files_fingerprint
 
+# Engine arguments that say where a model runs, or how much of it at once: texts may go on under others.
+PLACEMENT = (
+    "device",
+    "gpu_memory_utilization",
+    "max_num_batched_tokens",
+    "max_num_seqs",
+    "name",
+    "tensor_parallel_size",
+)
 # Names as `collm serve` has them.
 ENGINES: dict[str, Literal["vllm", "transformers"]] = {"vllm": "vllm", "sessions": "transformers"}
 
@@ -126,8 +135,8 @@ def load_team(
         "weights": [weights_fingerprint(model), *(fingerprint for fingerprint, _ in unloaded)],
         "dtype": dtype,
         "engine": engine,
-        "engine_args": serve.engine_options(engine_args),
-        "assistant_engine_args": serve.engine_options(assistant_engine_args),
+        "engine_args": _that_matters(serve.engine_options(engine_args)),
+        "assistant_engine_args": _that_matters(serve.engine_options(assistant_engine_args)),
     }
     return Team(
         model,
@@ -174,7 +183,7 @@ def load_single(
     options = serve.engine_options(engine_args)
     one = serve.start_engine(ENGINES[engine], arguments, name, options, serve.Place(None, 1))
     writer = replace(team.writer, base=one, assistants=(), loop=asyncio.Runner())
-    identity = {"weights": [fingerprint], "dtype": dtype, "engine": engine, "engine_args": options}
+    identity = {"weights": [fingerprint], "dtype": dtype, "engine": engine, "engine_args": _that_matters(options)}
     return Team(None, team.tokenizer, names, writer, [writer], [parameters], identity, [writer])
 
 
@@ -235,6 +244,10 @@ def load_plain(name: str, dtype: str = "auto", device: str | None = None) -> Any
 def short_name(name: str) -> str:
     """The last part of a path or Hub name, as reports show it."""
     return Path(name).name or name
+
+
+def _that_matters(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if name not in PLACEMENT}
 
 
 def num_parameters(model: Any) -> int:

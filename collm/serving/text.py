@@ -28,6 +28,8 @@ class Detokenizer:
     ):
         self.tokenizer, self.skip = tokenizer, skip_special_tokens
         self.ids: list[int] = list(prompt_ids[-CONTEXT:])
+        while self.ids and self._decode(self.ids).startswith(INCOMPLETE):  # cut within a character
+            del self.ids[0]
         # Text of [start, read) was returned before, or is the prompt's: the context of what follows.
         self.start, self.read = 0, len(self.ids)
 

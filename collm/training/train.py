@@ -180,6 +180,7 @@ def _settle(arguments: TrainArguments, deferral: DeferralConfig, assistants: lis
             f"rows; the data was scored by {', '.join(assistants)}. Score it with the assistants in the head's order."
         )
     deferral.assistants = assistants
+    deferral.base_trained = arguments.mode != "head"
     if deferral.calibration or deferral.threshold != DeferralConfig.threshold:
         logger.warning("Threshold and calibration of %s were for other weights and go: calibrate again.", name)
         deferral.calibration, deferral.threshold = [], DeferralConfig.threshold
@@ -374,10 +375,17 @@ def _data_fingerprint(arguments: TrainArguments) -> dict[str, str]:
 def _check_same_run(before: dict[str, Any], now: dict[str, Any], checkpoint: str) -> None:
     """Compare the options that were given to the interrupted run with those of this one."""
     different = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
-    was, wanted = (
+    before, now = (
         {name: given.get(name, getattr(TrainArguments, name, None)) or DeferralConfig().get(name) for name in IDENTITY}
         for given in (before, now)
     )
+    was, wanted = (
+        {name: os.path.realpath(v) if name in ("model", "data") and os.path.exists(v) else v for name, v in run.items()}
+        for run in (before, now)
+    )
+    if was["data_fingerprint"] is None or was["data_fingerprint"] == wanted["data_fingerprint"]:
+        was["data_fingerprint"] = wanted["data_fingerprint"]  # unknown, or the same data wherever it lies
+        was["data"] = wanted["data"] if before["data_fingerprint"] else was["data"]
     mixed = [f"{name} was {was[name]}, is now {wanted[name]}" for name in IDENTITY if was[name] != wanted[name]]
     if mixed:
         raise ConfigurationError(

@@ -192,7 +192,8 @@ def test_perplexity_is_of_the_answers_to_what_eval_asks(folder, tmp_path, templa
     if template:
         turns = [{"role": role, "content": content} for role, content in (("user", "w1"), ("assistant", "w2"))]
         (tmp_path / "d.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
-        files[str(tmp_path / "d.jsonl")] = None
+        (tmp_path / "e.jsonl").write_text('{"prompt": "w1 w2", "completion": "w3"}\n')
+        files |= {str(tmp_path / name): None for name in ("d.jsonl", "e.jsonl")}
     for path, task in files.items():
         for instruction in (None, "w4 w5"):
             data = DataOptions(data=path, task=task, instruction=instruction, system_prompt=system_prompt)
@@ -286,7 +287,7 @@ def test_texts_of_an_engine_are_those_of_its_arguments(folder, tmp_path, capsys)
         common = ["--engine", "sessions", "--limit", "2", "--threshold", "0.5", "--output", str(tmp_path)]
         return run(folder, "eval", *common, "--assistant-engine-args", arguments)
 
-    assert evaluate('{"name": "a", "device": "cpu"}') == 0
-    assert evaluate('{"device":"cpu","name":"a"}') == 0
-    assert evaluate('{"name": "b"}') == 2
+    assert evaluate('{"dtype": "float32", "max_length": 60}') == 0
+    assert evaluate('{"max_length":60,"dtype":"float32","name":"elsewhere","device":"cpu"}') == 0
+    assert evaluate('{"dtype": "bfloat16", "max_length": 60}') == 2
     assert "assistant_engine_args" in capsys.readouterr().err

@@ -50,6 +50,20 @@ def test_the_space_in_front_of_a_word_stays(empty):
     assert text + detokenizer.add([], final=True) == " sum is four"
 
 
+def test_a_prompt_that_is_cut_within_a_character_spoils_nothing():
+    """As tokenizers that spell what they do not know as bytes decode them: a broken run of bytes is lost whole."""
+
+    class WholeRuns(Bytes):
+        def decode(self, ids, **_):
+            try:
+                return bytes(ids).decode()
+            except UnicodeDecodeError:
+                return "\ufffd" * len(ids)
+
+    detokenizer = Detokenizer(WholeRuns(), prompt_ids=list("a🤗🤗".encode()))
+    assert "".join(detokenizer.add([byte]) for byte in "你好ab".encode()) == "你好ab"
+
+
 @pytest.mark.parametrize("stops", [["END"], ["ND", "END"], ["\n\n"], ["a", "END"], ["aab"]])
 @pytest.mark.parametrize("text", ["some text END more", "no stop here", "E EN END", "x\n\ny", "aaab", "aaaab"])
 @pytest.mark.parametrize("size", [1, 2, 5, 100])

@@ -110,6 +110,7 @@ def test_lora_trains_saves_reloads_and_merges(run, tmp_path, merge):
     assert not torch.allclose(ours.logits, theirs.logits, atol=1e-3)
     assert ours.deferral_logits.abs().max() > 0
     assert reloaded.config.deferral.base_model == run["model"]
+    assert reloaded.config.deferral.base_trained
     # The adapter, put on the base by PEFT itself, says the same.
     from peft import PeftModel
 
@@ -216,6 +217,7 @@ def test_head_and_adapter_of_a_deferral_checkpoint_load_on_its_weights(run, full
             torch.testing.assert_close(found.deferral_logits, expected.deferral_logits)
         config = json.loads((tmp_path / name / "config.json").read_text())
         assert config["deferral"]["base_model"] == str(base), name
+        assert config["deferral"]["base_trained"] is (mode != "head"), name
 
 
 def test_going_on_keeps_the_head_and_drops_its_calibration(run, full, tmp_path, caplog):
