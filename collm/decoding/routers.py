@@ -185,7 +185,7 @@ def resolve_router(spec: Spec | None) -> Router:
 
 def uses_threshold(router: Router) -> bool:
     """Whether the router decides by the threshold (a callable of the user's is taken to)."""
-    function = _function(router)
+    function = function_of(router)
     return function in THRESHOLD_ROUTERS or function not in ROUTERS.values()
 
 
@@ -195,7 +195,7 @@ def threshold_of_rate(deferral: DeferralConfig, rate: float, router: Router = le
     Raises:
         [`CalibrationError`]: the table does not answer that rate, or was not measured with this router.
     """
-    if _function(router) is not learned:
+    if function_of(router) is not learned:
         raise CalibrationError(
             f"deferral_rate={rate} with another router than the learned one: the calibration table was measured with "
             "the learned router; pass threshold= instead, or the router's own cut or rate."
@@ -205,11 +205,12 @@ def threshold_of_rate(deferral: DeferralConfig, rate: float, router: Router = le
 
 def uses_randomness(router: Router) -> bool:
     """Whether the router draws random numbers (a callable of the user's is taken to)."""
-    function = _function(router)
+    function = function_of(router)
     return function in (random, sampled) or function not in ROUTERS.values()
 
 
-def _function(router: Router) -> Router:
+def function_of(router: Router) -> Router:
+    """The function of [`ROUTERS`], or of the user's, that a router with bound parameters calls."""
     return router.func if isinstance(router, functools.partial) else router
 
 

@@ -17,6 +17,7 @@ from collm.decoding.routers import (
     Router,
     RoutingContext,
     entropy,
+    function_of,
     learned,
     margin,
     never,
@@ -273,7 +274,7 @@ def gate_of(router: Router, threshold: float, num_assistants: int = 1) -> tuple[
         ConfigurationError: the router needs distributions that engines do not hand out: whole ones of the next token,
             or, with several assistants, that over the writers.
     """
-    function = router.func if isinstance(router, functools.partial) else router
+    function = function_of(router)
     cut = router.keywords.get("cut", 0.0) if isinstance(router, functools.partial) else 0.0
     if function is margin:
         raise ConfigurationError(
