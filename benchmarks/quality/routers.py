@@ -135,6 +135,8 @@ def routers(model: Any) -> dict[str, Fit]:
     named[f"Z-initialisation, {both}, l2 0.1"] = trained(model, both, l2=0.1)
     named[f"Z-initialisation, {both}, weight 1"] = trained(model, both, weight=1.0)
     named[f"Z-initialisation, {both}, both wrong ignored"] = trained(model, both, ignore_both_wrong=True)
+    for share in (0.25, 0.5):
+        named[f"Z-initialisation, {both}, {share:.0%} of the texts"] = trained(model, both, share=share)
     for decay in (0.25, 0.5):
         named[f"moving average {decay:g} of Z-initialisation, {both}"] = smoothed(trained(model, both), decay)
     for features, cost in (
@@ -169,11 +171,14 @@ def trained(
     ignore_both_wrong: bool = False,
     cost: float | None = None,
     weak_supervision: bool = False,
+    share: float = 1.0,
 ) -> Fit:
     """The linear head: Z-initialised, and from there trained on the marginal likelihood with a `cost`, or on the labels
-    with weak supervision."""
+    with weak supervision; on all texts or on the first `share` of them."""
 
     def fit(fitted: TargetData, held: TargetData) -> Tensor:
+        texts = fitted.rows.unique()
+        fitted = fitted[torch.isin(fitted.rows, texts[: round(share * len(texts))])]
         own, others = standardised(model, fitted, held, features)
         labels = deferral_labels(
             fitted.base_correct, fitted.assistant_correct, fitted.assistant_logprobs, "a", ignore_both_wrong

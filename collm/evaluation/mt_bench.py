@@ -35,7 +35,7 @@ def answer_questions(
     Answers every turn of every question; a killed run goes on where it was.
 
     Args:
-        data ([`DataOptions`]): `data` names the questions.
+        data ([`DataOptions`]): `data` names the questions; its instruction follows every turn.
         writer (a writer with `options`): sampling is set by category.
         tokenizer (`PreTrainedTokenizerBase`): the base's.
         folder (`Path`): for the texts of each turn and for `model_answer`.
@@ -54,11 +54,12 @@ def answer_questions(
             raise DataFormatError(f"Row {number} is no question of MT-Bench: it has no {', '.join(sorted(missing))}")
     chat = Chat(tokenizer, data.chat_template)
     opening = [message("system", data.system_prompt)] if data.system_prompt is not None else []
+    instruction = f"\n\n{data.instruction}" if data.instruction else ""
     conversations = [list(opening) for _ in questions]
     for turn in range(max(len(row["turns"]) for row in questions)):
         open_rows = [i for i, row in enumerate(questions) if turn < len(row["turns"])]
         for i in open_rows:
-            conversations[i].append(message("user", questions[i]["turns"][turn]))
+            conversations[i].append(message("user", questions[i]["turns"][turn] + instruction))
         problems = [
             Problem(
                 i, questions[i], questions[i]["turns"][turn], encode(tokenizer, chat.render(conversations[i], True))

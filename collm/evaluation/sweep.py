@@ -157,7 +157,7 @@ class Sweep:
 
     def trajectory(self, router: str) -> Trajectory:
         """Runs of a router on the calibration problems."""
-        folder = self.folder / f"{self.prefix}calibration"
+        folder = self.folder / f"{self.prefix}calibration".replace(" ", "-")
         settings = {**self.settings, "problems": problems_fingerprint(self.calibration)}
         return Trajectory(self.team, self.calibration, {"name": router}, self.batch_size, folder, settings)
 

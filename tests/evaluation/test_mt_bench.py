@@ -23,7 +23,7 @@ def test_later_turns_see_the_models_own_answers(tmp_path, capsys):
     command = [
         "eval", str(tmp_path / "base"), "--assistant", str(tmp_path / "big"), "--task", "mt_bench",
         "--threshold", "0.5", "--data", str(tmp_path / "question.jsonl"), "--max-new-tokens", "8",
-        "--output", str(tmp_path / "o"),
+        "--instruction", "w4 w5", "--output", str(tmp_path / "o"),
     ]  # fmt: skip
     assert main(command) == 0
     path = json.loads(capsys.readouterr().out.strip().splitlines()[-1])["answers"]
@@ -36,9 +36,9 @@ def test_later_turns_see_the_models_own_answers(tmp_path, capsys):
     tokenizer = tiny_tokenizer()
     first, second = answers[101]["choices"][0]["turns"]
     conversation = [
-        {"role": "user", "content": "1 + 2 ="},
+        {"role": "user", "content": "1 + 2 =\n\nw4 w5"},
         {"role": "assistant", "content": first},
-        {"role": "user", "content": "* 3 ="},
+        {"role": "user", "content": "* 3 =\n\nw4 w5"},
     ]
     ids = torch.tensor([encode(tokenizer, Chat(tokenizer).render(conversation, True))])
     out = model.generate(ids, assistant=assistant, threshold=0.5, max_new_tokens=8, do_sample=False)
