@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import logging
 import random
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -34,6 +35,8 @@ from collm.errors import AssistantError
 from collm.losses import deferral_probabilities, uncertainty_features
 
 from .session import MAX_LOGIT, Gate, Piece, Sampling, Tokens
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_MAX_LENGTH = 4096  # where the checkpoint does not say
 MAX_BATCH = 64  # sessions in one forward
@@ -187,6 +190,7 @@ class TransformersSession(Tokens):
             except AssistantError:
                 raise
             except Exception as error:
+                logger.exception("%s failed", self._engine.name)  # the answer says what, the log says where
                 raise AssistantError(f"{self._engine.name} failed: {error}") from error
             probs = [d] if report else None
             if asked:

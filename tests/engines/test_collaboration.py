@@ -83,7 +83,7 @@ def test_requests_that_come_together_share_forwards_and_stay_the_oracle(architec
     assert not held(base_engine, *helper_engines)  # every session gave back its place
 
 
-def test_a_request_that_fails_takes_no_other_with_it():
+def test_a_request_that_fails_takes_no_other_with_it(caplog):
     _, _, base_engine, helper_engines = engines()
     forward = base_engine.forward
 
@@ -104,6 +104,8 @@ def test_a_request_that_fails_takes_no_other_with_it():
     assert len(first[0]) == 8
     assert isinstance(failed, AssistantError)
     assert "out of memory" in str(failed)
+    [logged] = caplog.records
+    assert "RuntimeError: out of memory" in (logged.exc_text or "")  # the log has the traceback
 
 
 async def decoded(session, count) -> list[int]:
