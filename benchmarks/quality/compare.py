@@ -6,6 +6,9 @@ Each argument is a folder of `collm sweep`, with words for the system behind `=`
 rows are called "base, trained together" and "learned, trained together". Rows that two folders share appear once.
 "Recovered" is the share of the distance from the first `base` to the first `assistant`. Differences are paired
 bootstraps over problems against the control nearest in realised rate, where one is within --near points of it.
+
+`--further` names folders of the same systems on other problems: rows that both have (method and asked rate) are joined,
+and only those are shown.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from collm.evaluation.intervals import paired_bootstrap
+from collm.evaluation.intervals import paired_bootstrap, wilson_interval
 from collm.reporting import plots
 
 CONTROLS = ("random", "entropy", "assistant")
@@ -28,14 +31,15 @@ HEADINGS = (
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sweeps", nargs="+", metavar="FOLDER[=WORDS]")
+    parser.add_argument("--further", nargs="+", default=[], metavar="FOLDER[=WORDS]", help="on other problems")
     parser.add_argument("--near", type=float, default=4.0, help="points of rate between a row and its control")
     parser.add_argument("--figure", type=Path)
     arguments = parser.parse_args()
 
     points = read(arguments.sweeps)
-    base = next(point for point in points if point["method"] == "base")
-    assistant = next(point for point in points if point["method"] == "assistant")
-    distance = assistant["quality"] - base["quality"]
+    if arguments.further:
+        points = joined(points, read(arguments.further))
+    ends = [point["quality"] for name in ("base", "assistant") for point in points if point["method"] == name]
     print(f"| {' | '.join(HEADINGS)} |\n{'|---' * len(HEADINGS)}|")
     for point in sorted(points, key=lambda point: (point["rate"], point["quality"])):
         together = 0 < point["rate"] < 1
@@ -44,7 +48,7 @@ def main() -> None:
             percent(point["asked_rate"]) if point["asked_rate"] else "",
             percent(point["rate"]) if together else "",
             f"{percent(point['quality'])} [{100 * point['low']:.1f}, {100 * point['high']:.1f}]",
-            f"{(point['quality'] - base['quality']) / distance:.0%}",
+            f"{(point['quality'] - ends[0]) / (ends[1] - ends[0]):.0%}" if len(ends) == 2 else "",
             *(difference(point, control(points, point, name, arguments.near / 100)) for name in CONTROLS),
             f"{point['truncated']}",
             f"{point['tokens'] / point['problems']:.0f}",
@@ -77,6 +81,20 @@ def read(sweeps: list[str]) -> list[dict[str, Any]]:
     if len(kinds) > 1:
         raise SystemExit(f"different problems or metrics: {kinds}")
     return points
+
+
+def joined(points: list[dict[str, Any]], others: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of one method and asked rate on two sets of problems, as rows on both."""
+    rows = []
+    for one in points:
+        for other in others:
+            if (one["method"], one["asked_rate"]) == (other["method"], other["asked_rate"]):
+                row = {**one, **{key: one[key] + other[key] for key in ("problems", "tokens", "truncated", "scores")}}
+                row["quality"] = sum(row["scores"]) / row["problems"]
+                row["low"], row["high"] = wilson_interval(sum(row["scores"]), row["problems"])
+                row["rate"] = (one["rate"] * one["tokens"] + other["rate"] * other["tokens"]) / row["tokens"]
+                rows.append(row)
+    return rows
 
 
 def control(points: list[dict[str, Any]], point: dict[str, Any], name: str, near: float) -> dict[str, Any] | None:
