@@ -74,6 +74,7 @@ def read(sweeps: list[str]) -> list[dict[str, Any]]:
         first = settings["first"] + (0 if settings.get("calibration_data") else settings["calibration_problems"])
         kinds |= {(results["metric"], settings["data"], first, point["problems"]) for point in results["points"]}
         for point in results["points"]:
+            point["first"] = first
             if words and point["method"] != "assistant":
                 point["method"] += f", {words}"
             if all(point["method"] != other["method"] or point["rate"] != other["rate"] for other in points):
@@ -84,7 +85,15 @@ def read(sweeps: list[str]) -> list[dict[str, Any]]:
 
 
 def joined(points: list[dict[str, Any]], others: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of one method and asked rate on two sets of problems, as rows on both."""
+    """
+    Rows of one method and asked rate on two sets of problems, as rows on both.
+
+    Raises:
+        SystemExit: some problems are in both sets.
+    """
+    ranges = [range(row["first"], row["first"] + row["problems"]) for row in (points[0], others[0])]
+    if set(ranges[0]) & set(ranges[1]):
+        raise SystemExit(f"--further: the same problems twice, from {ranges[0].start} and from {ranges[1].start}")
     rows = []
     for one in points:
         for other in others:

@@ -115,9 +115,8 @@ def run(arguments: Arguments) -> int:
         )
     app = create_app(service, keys, arguments.max_body_bytes, arguments.cors_origin)
     if threading.current_thread() is threading.main_thread():
-        signal.signal(
-            signal.SIGTERM, signal.SIG_DFL
-        )  # uvicorn closes the engines, then dies of it as supervisors expect
+        # uvicorn closes the engines, then dies of it as supervisors expect
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
     uvicorn.run(
         app,
         host=arguments.host,
