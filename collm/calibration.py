@@ -17,7 +17,6 @@ threshold lies between two scores that occurred, never on one.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ import numpy as np
 
 from collm.configuration import DeferralConfig
 from collm.errors import CalibrationError, CheckpointError, ConfigurationError
+from collm.files import write_json
 
 RATES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
 
@@ -91,7 +91,8 @@ def calibrate_rates(
     Args:
         run_at (callable): generates at a threshold and returns the [`Run`]; first at infinity, which never defers.
         rates (sequence of `float`, *optional*): the rates to calibrate, each strictly between 0 and 1.
-        tolerance (`float`, *optional*, defaults to 0.01): how near a realised rate has to come, as a share of tokens.
+        tolerance (`float`, *optional*, defaults to 0.01): how near a realised rate has to come, as a share of tokens;
+            half of the rate is the most.
         runs_per_rate (`int`, *optional*, defaults to 4): give up on a rate after that many runs for it.
         report (callable, *optional*): told about each run in one line.
         known (sequence of [`Run`], *optional*): runs on the same prompts that exist already, for whatever rates.
@@ -230,15 +231,7 @@ def save_calibration(checkpoint: str | Path, deferral: DeferralConfig) -> None:
         )
     config = json.loads(path.read_text(encoding="utf-8"))
     config["deferral"] = dict(deferral)
-    temporary = path.with_name(f".config.json.{os.getpid()}")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(json.dumps(config, indent=2, sort_keys=True) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_json(path, config, sort_keys=True)
 
 
 def _between_scores(distinct: np.ndarray) -> np.ndarray:
@@ -257,7 +250,7 @@ def _between_scores(distinct: np.ndarray) -> np.ndarray:
 
 
 def _nearest(runs: Sequence[Run], rate: float, tolerance: float) -> Run | None:
-    near = [run for run in runs if abs(run.rate - rate) <= tolerance]
+    near = [run for run in runs if abs(run.rate - rate) <= min(tolerance, rate / 2)]  # never asking holds no rate
     return min(near, key=lambda run: abs(run.rate - rate), default=None)
 
 

@@ -28,6 +28,8 @@ from .modeling import CoLLMForCausalLM, base_class_for, collm_class
 HEAD_FILE = "deferral_head.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 ADAPTER_FILE = "adapter_config.json"
+FULL_FILES = ("model.safetensors", "model-*.safetensors", INDEX_FILE)
+ADAPTER_FILES = (ADAPTER_FILE, "adapter_model*.safetensors")
 TRAINING_FILE = "collm_training.json"  # what `collm train` leaves beside a checkpoint
 DEFER_TOKEN = "<|defer|>"
 # Arguments that say where a file lies; everything else in from_pretrained's kwargs is about the model.
@@ -97,6 +99,15 @@ def read_config(name: str, kwargs: dict[str, Any]) -> tuple[PreTrainedConfig, di
             return AutoConfig.from_pretrained(name, return_unused_kwargs=True, **kwargs)
         except ValueError as error:  # no model type, an unknown one, or values that make no config
             raise CheckpointError(f'config.json of "{name}" cannot be used: {error}') from error
+
+
+def read_deferral(name: str) -> DeferralConfig:
+    """What a checkpoint's config says of deferral; the defaults for a plain model.
+
+    Raises:
+        [`CheckpointError`]: there is no usable config.json.
+    """
+    return DeferralConfig.from_any(getattr(read_config(name, {})[0], "deferral", None))
 
 
 def _settle_deferral(
@@ -175,6 +186,7 @@ def _load_adapter(name: str, config: PreTrainedConfig, hub: dict[str, Any], kwar
     adapted = PeftModel.from_pretrained(model, name, **{k: v for k, v in hub.items() if v is not None})
     merged = adapted.merge_and_unload()
     merged.name_or_path = name
+    merged.config.deferral.base_trained = True  # whoever wrote the adapter
     return merged
 
 
@@ -198,6 +210,7 @@ def _load_base_of(name: str, config: PreTrainedConfig, hub: dict[str, Any], kwar
     settings = {key: value for key, value in deferral.items() if key != "base_model"}  # the base has its own
     model = load_deferral_checkpoint(deferral.base_model, deferral=settings, **kwargs)
     model.config.deferral.base_model = deferral.base_model
+    model.config.deferral.base_trained = deferral.base_trained
     return model
 
 
@@ -270,18 +283,45 @@ def save_head_only(model: Any, folder: str | os.PathLike[str]) -> None:
         folder (`str`): created where missing.
 
     Raises:
-        CheckpointError: the model does not know its base.
+        CheckpointError: the base was trained, the model does not know its name, or `folder` holds other weights.
     """
+    if model.config.deferral.base_trained:
+        raise _base_was_trained("this model", model.config.deferral)
     if not model.config.deferral.base_model:
         raise CheckpointError(
             "this model does not know the name of its base: set model.config.deferral.base_model to a Hub id or folder."
         )
+    check_no_other_weights(folder)
     os.makedirs(folder, exist_ok=True)
     save_deferral_config(model, folder)
     state = {key: value.detach().cpu().contiguous() for key, value in model.deferral_head.state_dict().items()}
     temporary = Path(folder, HEAD_FILE + ".partial")
     save_file(state, temporary, metadata={"format": "pt"})
     os.replace(temporary, Path(folder, HEAD_FILE))
+
+
+def check_no_other_weights(folder: str | os.PathLike[str]) -> None:
+    """Refuse to write a head beside other weights: one of the two would not be loaded.
+
+    Raises:
+        CheckpointError: full weights or an adapter lie in `folder`.
+    """
+    found = _files(folder, *FULL_FILES, *ADAPTER_FILES)
+    if found:
+        raise CheckpointError(
+            f'"{folder}" holds other weights ({found[0].name}), and a head does not go beside them. '
+            "Take another folder, or remove them first."
+        )
+
+
+def remove_other_forms(folder: str | os.PathLike[str]) -> None:
+    """Remove a head file and an adapter from a folder that full weights were written into: they would be loaded."""
+    for path in _files(folder, HEAD_FILE, *ADAPTER_FILES):
+        path.unlink(missing_ok=True)
+
+
+def _files(folder: str | os.PathLike[str], *patterns: str) -> list[Path]:
+    return [path for pattern in patterns for path in sorted(Path(folder).glob(pattern))]
 
 
 def is_head_only(name: str) -> bool:
@@ -295,13 +335,17 @@ def check_base_untrained(name: str) -> None:
     Raises:
         CheckpointError: the base of the checkpoint `name` was trained too.
     """
-    deferral = DeferralConfig.from_any(getattr(read_config(name, {})[0], "deferral", None))
+    deferral = read_deferral(name)
     with _checkpoint_errors(name):
         if deferral.base_trained or _find(name, ADAPTER_FILE, {}):
-            raise CheckpointError(
-                f'the base of "{name}" was trained too: it differs from {deferral.base_model}, so that the head alone '
-                "would be wrong. Take all of it."
-            )
+            raise _base_was_trained(f'"{name}"', deferral)
+
+
+def _base_was_trained(of: str, deferral: DeferralConfig) -> CheckpointError:
+    return CheckpointError(
+        f"the base of {of} was trained too: it differs from {deferral.base_model}, so that the head alone would be "
+        "wrong. Take all of it."
+    )
 
 
 def link_full_checkpoint(name: str, folder: str | os.PathLike[str]) -> bool:

@@ -17,6 +17,7 @@ CoLLMError(ValueError)
 from __future__ import annotations
 
 import difflib
+import importlib.util
 from collections.abc import Iterable
 
 
@@ -66,6 +67,17 @@ class AssistantRefusal(AssistantError):
 
 class TrainingError(CoLLMError):
     """Training cannot go on: a loss that is no number, or a checkpoint that cannot be written."""
+
+
+def require(package: str, extra: str) -> None:
+    """
+    Before work whose end needs a package that not every installation has.
+
+    Raises:
+        [`ConfigurationError`]: it is not installed.
+    """
+    if importlib.util.find_spec(package) is None:
+        raise ConfigurationError(f"{package.replace('_', '-')} is not installed: pip install 'collm[{extra}]'")
 
 
 def did_you_mean(name: str, allowed: Iterable[str]) -> str:

@@ -2,6 +2,7 @@
 
 A push uploads the files of a checkpoint by name (weights as safetensors, configs, tokenizer, card) and nothing else
 that lies in the folder: no optimiser state, no pickles, no logs. Paths of the machine it was trained on stay there.
+Weights that the repository has in another form or other shards are deleted in the same commit.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from .checkpoints import ADAPTER_FILE, HEAD_FILE, TRAINING_FILE, check_base_untrained
+from .checkpoints import ADAPTER_FILE, ADAPTER_FILES, FULL_FILES, HEAD_FILE, TRAINING_FILE, check_base_untrained
 from .configuration import DeferralConfig
 from .errors import CheckpointError, HubError
 
@@ -64,11 +65,11 @@ def push_checkpoint(
         `str`: URL of the commit.
 
     Raises:
-        CheckpointError: no checkpoint there, weights that are no safetensors, a base that only this machine knows, or
-            no results where there should be some.
+        CheckpointError: no checkpoint there, weights that are no safetensors, a base that only this machine knows or
+            that is `repo_id` itself, a head alone of a base that was trained, or no results where there should be some.
         HubError: the Hub refuses (401, 403, 404, ...), cannot be reached, or a file holds an access token.
     """
-    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub import HfApi
 
     training = read_json(Path(folder, TRAINING_FILE))
     if head_only:
@@ -80,37 +81,85 @@ def push_checkpoint(
         with hub_errors(repo_id):
             api = HfApi(token=token)
             repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            base = json.loads(files["config.json"].read_text(encoding="utf-8"))["deferral"].get("base_model")
+            if repo_id == base and not any(name.startswith("model") for name in files):
+                raise CheckpointError(
+                    f'"{repo_id}" is the base: what is trained on top would take the place of its weights. '
+                    "Take another repository."
+                )
             if not _is_written_by_hand(repo_id, token):
-                base = json.loads(files["config.json"].read_text(encoding="utf-8"))["deferral"].get("base_model")
                 license = license or _license_of(base, token)
                 card = model_card(files, repo_id, training, records, license)
                 files["README.md"] = Path(staged, "README.md")
                 files["README.md"].write_text(card, encoding="utf-8")
                 refuse_secrets([files["README.md"]], token)
-            if revision and not revision.startswith("refs/pr"):
-                api.create_branch(repo_id, branch=revision, exist_ok=True)
-            operations = [CommitOperationAdd(name, str(path)) for name, path in sorted(files.items())]
-            commit = api.create_commit(
-                repo_id, operations, commit_message=commit_message or "Upload deferral checkpoint",
-                revision=revision, create_pr=create_pr,
-            )  # fmt: skip
+            commit = _commit(api, repo_id, files, commit_message=commit_message, revision=revision, create_pr=create_pr)
     return commit.pr_url or str(commit.commit_url)
 
 
-def prepare_upload(folder: Path, repo_id: str, token: str | bool | None) -> None:
-    """Make a folder that transformers is about to upload ours: public names in config.json, and our card.
+def upload_saved(
+    folder: Path,
+    repo_id: str,
+    files_timestamps: Mapping[str, float],
+    *,
+    token: str | bool | None = None,
+    **options: Any,
+) -> Any:
+    """What transformers does with a folder that it has saved, with public names in config.json and our card.
 
     Args:
         folder (`Path`): what `save_pretrained` wrote, a README.md of transformers or of the repository in it.
         repo_id (`str`): where it goes.
+        files_timestamps (`dict[str, float]`): when what lay there before was written; what is newer goes too.
         token (`str` or `bool`, *optional*): as in `push_to_hub`.
+        options: of [`_commit`].
+
+    Returns:
+        `CommitInfo`, as in transformers.
     """
+    from huggingface_hub import HfApi
+
     files = _stage(folder, folder, head_only=False, base_model=None)
     readme = folder / "README.md"
     if not readme.is_file() or _is_generated(readme.read_text(encoding="utf-8")):
         base = json.loads(files["config.json"].read_text(encoding="utf-8"))["deferral"].get("base_model")
         readme.write_text(model_card(files, repo_id, license=_license_of(base, token)), encoding="utf-8")
-    refuse_secrets([*files.values(), readme], token)
+    files["README.md"] = readme
+    refuse_secrets(files.values(), token)
+    for path in folder.iterdir():
+        if path.is_file() and path.stat().st_mtime > files_timestamps.get(path.name, 0):
+            files[path.name] = path
+    return _commit(HfApi(token=token), repo_id, files, **options)
+
+
+def _commit(
+    api: Any,
+    repo_id: str,
+    files: Mapping[str, Path],
+    *,
+    commit_message: str | None = None,
+    commit_description: str | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+) -> Any:
+    """Upload a checkpoint's files and, in the same commit, delete weights that would be loaded instead of them."""
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+
+    if revision and not revision.startswith("refs/pr"):
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    stale = [
+        name
+        for name in (entry.path for entry in api.list_repo_tree(repo_id, revision=revision))
+        if name not in files and any(fnmatch(name, form) for form in (*FULL_FILES, HEAD_FILE, *ADAPTER_FILES))
+    ]
+    operations = [
+        *(CommitOperationAdd(name, str(path)) for name, path in sorted(files.items())),
+        *(CommitOperationDelete(name) for name in stale),
+    ]
+    return api.create_commit(
+        repo_id, operations, commit_message=commit_message or "Upload deferral checkpoint",
+        commit_description=commit_description, revision=revision, create_pr=create_pr,
+    )  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------ what is uploaded

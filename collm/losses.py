@@ -125,8 +125,8 @@ def mean_over_targets(per_token: Tensor, num_items_in_batch: Tensor | int | None
 def divide_by_targets(summed: Tensor, given: int, num_items_in_batch: Tensor | int | None) -> Tensor:
     """[`mean_over_targets`] of a sum over `given` target tokens."""
     if isinstance(num_items_in_batch, Tensor):
-        return summed / num_items_in_batch.to(summed.device)
-    return summed / (max(1, given) if num_items_in_batch is None else num_items_in_batch)
+        return summed / num_items_in_batch.to(summed.device).clamp_min(1)
+    return summed / max(1, given if num_items_in_batch is None else num_items_in_batch)
 
 
 def deferral_labels(

@@ -215,11 +215,21 @@ class CoLLMForCausalLM(_Mixin):
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], is_main_process: bool = True, *args: Any, **kwargs: Any
     ) -> None:
-        """As in transformers (same arguments); config.json names `CoLLMForCausalLM` as its architecture."""
+        """As in transformers (same arguments); config.json names `CoLLMForCausalLM` as its architecture.
+
+        A head file or an adapter that lies in the folder goes: it would be loaded instead of what is saved here.
+        """
         super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
         if is_main_process:
             self.config.architectures = ["CoLLMForCausalLM"]
             self.config.save_pretrained(save_directory)
+            self._remove_other_forms(save_directory)
+
+    def _remove_other_forms(self, folder: str | os.PathLike[str]) -> None:
+        from .checkpoints import remove_other_forms
+
+        if not self._hf_peft_config_loaded:  # of a model with adapters, transformers writes these alone
+            remove_other_forms(folder)
 
     def push_to_hub(self, repo_id: str, *, head_only: bool = False, **kwargs: Any) -> Any:
         """Upload the checkpoint with a model card that says how to use it and what it knows of its training.
@@ -233,7 +243,7 @@ class CoLLMForCausalLM(_Mixin):
 
         Raises:
             HubError: the Hub refuses (401, 403, 404, ...) or cannot be reached.
-            CheckpointError: with `head_only`, the base has no name that others can load.
+            CheckpointError: with `head_only`, the base was trained, or has no name that others can load.
         """
         from . import hub
         from .checkpoints import save_head_only
@@ -246,13 +256,13 @@ class CoLLMForCausalLM(_Mixin):
             return super().push_to_hub(repo_id, **kwargs)
 
     def _upload_modified_files(
-        self, working_dir: str | os.PathLike[str], repo_id: str, *args: Any, **kwargs: Any
+        self, working_dir: str | os.PathLike[str], repo_id: str, files_timestamps: dict[str, float], **kwargs: Any
     ) -> Any:
         # transformers calls this when files are written, from push_to_hub and save_pretrained(push_to_hub=True).
-        from .hub import prepare_upload
+        from .hub import upload_saved
 
-        prepare_upload(Path(working_dir), repo_id, kwargs.get("token"))
-        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
+        self._remove_other_forms(working_dir)
+        return upload_saved(Path(working_dir), repo_id, files_timestamps, **kwargs)
 
     # ---------------------------------------------------------------------------------------------------- forward
 

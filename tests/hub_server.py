@@ -9,7 +9,7 @@ import base64
 import hashlib
 import json
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -24,8 +24,9 @@ class Repository:
         self.commits: dict[str, dict[str, bytes]] = {}
         self.commit("main", {})
 
-    def commit(self, branch: str, files: dict[str, bytes]) -> str:
+    def commit(self, branch: str, files: dict[str, bytes], deleted: Collection[str] = ()) -> str:
         tree = {**self.commits.get(self.branches.get(branch, ""), {}), **files}
+        tree = {name: content for name, content in tree.items() if name not in deleted}
         oid = hashlib.sha1(f"{branch}{len(self.commits)}".encode()).hexdigest()
         self.commits[oid], self.branches[branch] = tree, oid
         return oid
@@ -187,14 +188,16 @@ class _Handler(BaseHTTPRequestHandler):
     def _commit(self, repo_id: str, revision: str) -> None:
         self._must_write()
         repository, _ = self._readable(repo_id, revision)
-        files = {}
+        files, deleted = {}, []
         for line in self.body.splitlines():
             entry = json.loads(line)
             if entry["key"] == "file":
                 files[entry["value"]["path"]] = base64.b64decode(entry["value"]["content"])
             elif entry["key"] == "lfsFile":
                 files[entry["value"]["path"]] = self.hub.objects[entry["value"]["oid"]]
-        oid = repository.commit(revision, files)
+            elif entry["key"] == "deletedFile":
+                deleted.append(entry["value"]["path"])
+        oid = repository.commit(revision, files, deleted)
         self._answer({"commitUrl": f"{self.hub.url}/{repo_id}/commit/{oid}", "commitOid": oid, "success": True})
 
     def _file(self, repo_id: str, revision: str, name: str) -> None:

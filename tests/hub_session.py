@@ -151,6 +151,23 @@ def main(folder: Path) -> dict:
     run("push", str(lora), "me/lora", "--revision", "v2")
     result["branches"] = sorted(hub.repositories["me/lora"].branches)
 
+    # One repository in one form after another: what was pushed last is loaded.
+    merged = CoLLMForCausalLM.from_pretrained(lora)
+    pushes = [
+        ("head", model, lambda: model.push_to_hub("me/forms", head_only=True)),
+        ("shards", merged, lambda: merged.push_to_hub("me/forms", max_shard_size="20KB")),
+        ("full", model, lambda: model.push_to_hub("me/forms")),
+        ("lora", merged, lambda: collm.hub.push_checkpoint(lora, "me/forms")),
+        ("saved", model, lambda: model.save_pretrained(folder / "forms", push_to_hub=True, repo_id="me/forms")),
+        ("again", model, lambda: model.push_to_hub("me/forms", head_only=True)),
+    ]
+    result["forms"] = {}
+    for name, pushed, push in pushes:
+        push()
+        kept = sorted(file for file in hub.files("me/forms") if "safetensors" in file or file.startswith("adapter"))
+        result["forms"][name] = [outputs(CoLLMForCausalLM.from_pretrained("me/forms")) == outputs(pushed), kept]
+    result["own base"] = error(lambda: model.push_to_hub("org/base", head_only=True))
+
     # The head of a full checkpoint, from the command line; its base has no name until one is given.
     model.config.deferral.base_model = str(folder / "cache" / "base")
     model.save_pretrained(folder / "full")

@@ -16,6 +16,7 @@ from collm.checkpoints import (
     DEFER_TOKEN,
     HEAD_FILE,
     INDEX_FILE,
+    is_head_only,
     link_full_checkpoint,
     save_deferral_config,
     save_head_only,
@@ -221,6 +222,33 @@ def test_head_only_over_a_base_that_is_head_only_or_itself(base, tmp_path):
         CoLLMForCausalLM.from_pretrained(tmp_path / "outer")
 
 
+def test_head_only_beside_other_weights_is_refused(base, full, adapter, tmp_path):
+    tiny_model("qwen2").save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    model = CoLLMForCausalLM.from_pretrained(base)
+    for folder in (full, adapter[0], tmp_path / "shards"):
+        before = (folder / "config.json").read_text()
+        with pytest.raises(CheckpointError, match=r"holds other weights \((model|adapter).*Take another folder"):
+            save_head_only(model, folder)
+        assert not (folder / HEAD_FILE).exists()
+        assert (folder / "config.json").read_text() == before
+
+
+def test_head_only_of_a_base_that_was_trained_is_refused(base, adapter, tmp_path):
+    trained, merged = CoLLMForCausalLM.from_pretrained(base), CoLLMForCausalLM.from_pretrained(adapter[0])
+    trained.config.deferral.base_trained = True
+    for model in (trained, merged):
+        with pytest.raises(CheckpointError, match=r"base of this model was trained too: it differs from .*base"):
+            save_head_only(model, tmp_path / "head")
+        with pytest.raises(CheckpointError, match="Take all of it"):
+            model.push_to_hub("me/head", head_only=True)
+    assert not (tmp_path / "head").exists()
+    merged.config.deferral.update(base_model=str(adapter[0]), base_trained=False)  # a new head over the adapter
+    save_head_only(merged, tmp_path / "head")
+    again = CoLLMForCausalLM.from_pretrained(tmp_path / "head")
+    assert again.config.deferral == merged.config.deferral
+    assert_same_outputs(merged, again)
+
+
 @pytest.mark.parametrize("shard", ["5GB", "20KB"])
 def test_head_only_becomes_a_full_checkpoint_by_links(tmp_path, shard):
     tiny_model("qwen2").save_pretrained(tmp_path / "base", max_shard_size=shard)
@@ -321,6 +349,32 @@ def test_peft_itself_loads_it_too(adapter, base):
     again = PeftModel.from_pretrained(CoLLMForCausalLM.from_pretrained(base), folder)
     with torch.no_grad():
         assert torch.equal(again.eval()(**inputs()).deferral_logits, adapted.eval()(**inputs()).deferral_logits)
+
+
+@pytest.mark.parametrize("form", ["head", "adapter"])
+def test_full_weights_saved_over_another_form_are_what_is_loaded(form, base, adapter, tmp_path):
+    save_head_only(randomise_head(CoLLMForCausalLM.from_pretrained(base)), tmp_path / "head")
+    folder = tmp_path / form
+    model = CoLLMForCausalLM.from_pretrained(folder)
+    for parameter in model.parameters():
+        parameter.data.mul_(1.5)  # trained on
+    before = {path.name for path in folder.iterdir()}
+    model.save_pretrained(folder, is_main_process=False)
+    assert before <= {path.name for path in folder.iterdir()}  # left to the main process
+    model.save_pretrained(folder)
+    assert_same_outputs(model, CoLLMForCausalLM.from_pretrained(folder))
+    assert not is_head_only(str(folder))
+    assert not link_full_checkpoint(str(folder), tmp_path)
+
+
+def test_adapters_that_a_model_carries_are_kept(base, tmp_path):
+    from peft import LoraConfig
+
+    model = CoLLMForCausalLM.from_pretrained(base)
+    model.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]))
+    model.save_pretrained(tmp_path / "adapter")
+    files = {path.name for path in (tmp_path / "adapter").iterdir()}
+    assert files >= {"adapter_config.json", "adapter_model.safetensors"}
 
 
 # ------------------------------------------------------------------------------------------ checkpoints of the paper

@@ -106,6 +106,25 @@ def test_the_card_of_a_run_has_its_settings_and_numbers_but_no_paths(session):
     assert "output_dir" not in card
 
 
+def test_what_was_pushed_last_is_all_that_is_there(session):
+    forms = session["forms"]
+    assert all(same for same, _ in forms.values())
+    assert forms["shards"][1].pop() == "model.safetensors.index.json"
+    assert all(name.startswith("model-0000") for name in forms.pop("shards")[1])
+    assert {form: files for form, (_, files) in forms.items()} == {
+        "head": ["deferral_head.safetensors"],
+        "full": ["model.safetensors"],
+        "lora": ["adapter_config.json", "adapter_model.safetensors"],
+        "saved": ["model.safetensors"],
+        "again": ["deferral_head.safetensors"],
+    }
+
+
+def test_a_head_does_not_take_the_place_of_its_base(session):
+    assert session["own base"]["type"] == "CheckpointError"
+    assert '"org/base" is the base' in session["own base"]["text"]
+
+
 def test_a_revision_becomes_a_branch(session):
     assert session["branches"] == ["main", "v2"]
 

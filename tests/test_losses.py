@@ -78,9 +78,10 @@ def test_parts_of_a_batch_add_up_to_the_batch_given_num_items():
     torch.testing.assert_close(sum(parts), whole)
 
 
-def test_without_targets_the_loss_is_zero_and_gradients_exist():
+@pytest.mark.parametrize("items", [None, 0, torch.tensor(0)])
+def test_without_targets_the_loss_is_zero_and_gradients_exist(items):
     inputs = [x[:0].detach().requires_grad_() for x in random_scores(K=2)]
-    loss = marginal_likelihood_loss(*inputs, deferral_cost=0.1)
+    loss = marginal_likelihood_loss(*inputs, deferral_cost=0.1, num_items_in_batch=items)
     loss.backward()
     assert loss.item() == 0
     assert all(x.grad.shape == x.shape for x in inputs)

@@ -53,10 +53,11 @@ def test_full_and_head_only_exports_load(tmp_path):
     model.config.deferral.base_model = str(tmp_path / "base")
     save_plain(model, tmp_path / "own")
     save_plain(tiny_model(), tmp_path / "base")
-    for form in ([], ["--head-only"]):
+    for form in (["--head-only"], []):
         assert main(["export", str(tmp_path / "own"), str(tmp_path / "out"), *form]) == 0
         again = CoLLMForCausalLM.from_pretrained(str(tmp_path / "out"))
         assert torch.equal(again.deferral_head.weight, model.deferral_head.weight)
+    assert main(["export", str(tmp_path / "own"), str(tmp_path / "out"), "--head-only"]) == 2  # over full weights
     assert main(["export", str(tmp_path / "own"), str(tmp_path / "out"), "--merged", "--head-only"]) == 2
 
 

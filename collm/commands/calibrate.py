@@ -52,7 +52,7 @@ Arguments = (ModelOptions, DataOptions, CalibrateOptions)
 
 def run(models: ModelOptions, data: DataOptions, options: CalibrateOptions) -> int:
     """Calibrate, save, print the table; the last line on standard output is one JSON object."""
-    from collm.errors import CheckpointError, ConfigurationError
+    from collm.errors import CheckpointError, ConfigurationError, require
     from collm.evaluation.metrics import get_metric
 
     goals = [name for name in ("target_rate", "metric", "roc") if getattr(options, name)]
@@ -64,6 +64,8 @@ def run(models: ModelOptions, data: DataOptions, options: CalibrateOptions) -> i
             "--local-dir FOLDER` first and calibrate the folder, or pass --dry-run."
         )
     metric = get_metric(options.metric) if options.metric else None
+    if options.output:
+        require("matplotlib", "eval")
     with closing(models.team(data)) as team:
         return _calibrate(team, models, data, options, metric)
 
@@ -78,7 +80,7 @@ def _calibrate(team: Any, models: ModelOptions, data: DataOptions, options: Cali
         check_references(problems, metric)
     folder = Path(options.output) / "texts" if options.output else None
     trajectory = Trajectory(team, problems, batch_size=data.batch_size, folder=folder, settings=data.settings(problems))
-    rates = sorted({*options.rates, *([options.target_rate] if options.target_rate else [])})
+    rates = sorted({*options.rates, *([] if options.target_rate is None else [options.target_rate])})
     report = functools.partial(print, flush=True)
     rows, runs = calibrate_rates(trajectory, rates, options.tolerance, report=report, known=trajectory.finished())
     # A run that never defers has an infinite threshold; 1 means the same and is JSON.
@@ -98,7 +100,7 @@ def _calibrate(team: Any, models: ModelOptions, data: DataOptions, options: Cali
     deferral.assistants = deferral.assistants or list(models.assistant)
     if not options.dry_run:  # before the goal is worked out, which can fail
         save_calibration(models.checkpoint, deferral)
-    if options.target_rate:
+    if options.target_rate is not None:
         deferral.threshold = _of_rate(rows, options.target_rate)
     if metric is not None:
         results["by_metric"] = _by_metric(trajectory, metric, options, problems)

@@ -95,9 +95,8 @@ def _task(
 
 def _team(models: ModelOptions, data: DataOptions, options: EvalOptions, arguments: dict[str, Any]) -> Any:
     """Whoever writes, its options set. In transformers, a model that writes alone is loaded alone."""
-    from collm.checkpoints import read_config
-    from collm.configuration import DeferralConfig
-    from collm.data.tokenizers import checkpoint_tokenizer, load_tokenizer
+    from collm.checkpoints import read_deferral
+    from collm.data.tokenizers import check_same_tokenizer, checkpoint_tokenizer
     from collm.errors import ConfigurationError
     from collm.evaluation.generations import weights_fingerprint
     from collm.evaluation.loading import Team, load_base, load_plain, num_parameters, short_name
@@ -113,8 +112,7 @@ def _team(models: ModelOptions, data: DataOptions, options: EvalOptions, argumen
             )
         if options.alone:
             arguments = {**arguments, "threshold": 1.0}  # never defers
-        deferral = getattr(read_config(models.checkpoint, {})[0], "deferral", None)
-        tokenizer = checkpoint_tokenizer(models.checkpoint, DeferralConfig.from_any(deferral).base_model)
+        tokenizer = checkpoint_tokenizer(models.checkpoint, read_deferral(models.checkpoint).base_model)
         written: Any = ServerWriter(options.server, tokenizer, arguments, data.max_new_tokens, data.seed)
         names = [short_name(name) for name in (models.checkpoint, *([] if options.alone else models.assistant))]
         return Team(None, tokenizer, names, written, [], [], {"server": written.model}, [written])
@@ -124,7 +122,9 @@ def _team(models: ModelOptions, data: DataOptions, options: EvalOptions, argumen
         base = options.alone == "base"
         name = models.checkpoint if base else models.assistant[0]
         model = (load_base if base else load_plain)(name, models.dtype, models.device)
-        tokenizer = checkpoint_tokenizer(name, model.config.deferral.base_model) if base else load_tokenizer(name)
+        tokenizer = checkpoint_tokenizer(models.checkpoint, read_deferral(models.checkpoint).base_model)
+        if not base:  # it gets the base's prompts
+            check_same_tokenizer(tokenizer, name, base_name=models.checkpoint)
         writer = ModelWriter(model, tokenizer, (), arguments, data.max_new_tokens, data.seed)
         identity = {"weights": [weights_fingerprint(model)], "dtype": str(model.dtype)}
         return Team(model, tokenizer, [short_name(name)], writer, [writer], [num_parameters(model)], identity)
@@ -153,7 +153,7 @@ def _perplexity(models: ModelOptions, data: DataOptions) -> dict[str, Any]:
                 f"{name:<12} {value['nats_per_token']:.4f} nats/token, perplexity {value['perplexity']:.3f} "
                 f"[{value['low']:.3f}, {value['high']:.3f}]"
             )
-    asked = ("data", "task", "instruction", "system_prompt", "chat_template")
+    asked = ("data", "task", "instruction", "system_prompt", "chat_template", "raw")
     return {**results, "settings": {**dataclasses.asdict(models), **{name: getattr(data, name) for name in asked}}}
 
 
@@ -167,7 +167,7 @@ def _references(data: DataOptions, tokenizer: Any) -> list[tuple[list[int], list
     from collm.evaluation.runner import put
 
     convert = get_task(data.task) if data.task else dict
-    conversations = bool(Chat(tokenizer, data.chat_template).template)
+    conversations = bool(Chat(tokenizer, data.chat_template).template) and not data.raw
 
     def asked(row: dict[str, Any]) -> dict[str, Any]:
         made = convert(row)

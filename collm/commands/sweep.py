@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import platform
@@ -61,8 +62,10 @@ Arguments = (ModelOptions, DataOptions, SweepOptions)
 
 def run(models: ModelOptions, data: DataOptions, options: SweepOptions) -> int:
     """Measure, write the files; the last line on standard output is one JSON object."""
-    from collm.errors import ConfigurationError
+    from collm.errors import ConfigurationError, require
     from collm.evaluation.sweep import add_comparisons
+
+    require("matplotlib", "eval")  # now, not after hours of writing
 
     metric = options.metric or data.default_metric()
     if metric is None:
@@ -80,6 +83,7 @@ def run(models: ModelOptions, data: DataOptions, options: SweepOptions) -> int:
     # Engines of further checkpoints start when these have given their memory back.
     if options.fine_tuned:
         points += _fine_tuned(sweep, models, options.fine_tuned)
+        _save(options, models, data, metric, points)
     if options.weak_supervision:
         points += _weak_supervision(sweep, models, data, options.weak_supervision, options.rates)
     add_comparisons(points)
@@ -108,6 +112,7 @@ def _methods(models: ModelOptions, options: SweepOptions) -> list[str]:
 
 
 def _sweep(team: Any, models: ModelOptions, data: DataOptions, options: SweepOptions, metric: str) -> Any:
+    from collm.checkpoints import read_deferral
     from collm.data.tokenizers import check_same_tokenizer, checkpoint_tokenizer
     from collm.errors import ConfigurationError
     from collm.evaluation.loading import load_plain
@@ -121,9 +126,11 @@ def _sweep(team: Any, models: ModelOptions, data: DataOptions, options: SweepOpt
     problems = data.problems(team.tokenizer)
     check_references(problems, get_metric(metric))
     count = options.calibration_problems
-    if "learned" in options.methods and not count:
-        for rate in options.rates:
-            team.model.config.deferral.threshold_for_rate(rate)  # or say so now
+    tables = [team.model.config.deferral] if "learned" in options.methods else []
+    if options.weak_supervision:
+        tables.append(read_deferral(options.weak_supervision))
+    for table, rate in itertools.product([] if count else tables, options.rates):
+        table.threshold_for_rate(rate)  # or say so now
     if options.calibration_data:
         apart = dataclasses.replace(data, data=options.calibration_data, first=0, limit=count)
         calibration, reported = apart.problems(team.tokenizer), problems

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from collm.data.tokenizers import check_same_tokenizer, load_tokenizer, tokenizer_fingerprint
 from collm.errors import AssistantError, ConfigurationError, DataFormatError, ScoreMismatchError, did_you_mean
+from collm.files import sync_folder, write_file, write_json
 from collm.fingerprints import files_fingerprint
 
 if TYPE_CHECKING:
@@ -250,7 +251,7 @@ def score_dataset(
     if state.is_main_process:
         partial.mkdir(parents=True, exist_ok=True)
         if not (partial / "manifest.json").exists():
-            _write(partial / "manifest.json", _json(manifest))
+            write_json(partial / "manifest.json", manifest, sort_keys=True, ensure_ascii=False)
     state.wait_for_everyone()
     _check_same(manifest, partial / "manifest.json")
 
@@ -345,7 +346,8 @@ def score_batches(
             logprobs, correct = _ask(scorer, name, view[rows])
             if writing is not None:
                 writing.result()
-            writing = writer.submit(_write, _shard(folder, number), save({"logprobs": logprobs, "correct": correct}))
+            content = save({"logprobs": logprobs, "correct": correct})
+            writing = writer.submit(write_file, _shard(folder, number), content)
             yield rows
         if writing is not None:
             writing.result()
@@ -471,29 +473,6 @@ def _brief(value: Any) -> str:
 # ---- Files ----------------------------------------------------------------------------------------------------------
 
 
-def _write(path: Path, content: bytes) -> None:
-    """The file appears with all its content, or not at all, whatever is killed or loses power."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _json(content: dict[str, Any]) -> bytes:
-    return json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False).encode() + b"\n"
-
-
 def _view(dataset: Dataset, k: int, assistants: int) -> Dataset:
     """Input ids and labels as assistant k reads them: its own sequence where a row has one, else the shared one."""
     from datasets import Dataset
@@ -577,15 +556,16 @@ def _assemble(
             )
             table = table.append_column(name, rows)
         tables.append(table.cast(features.arrow_schema))
-    scored = Dataset(pa.concat_tables(tables), fingerprint=hashlib.sha256(_json(summary)).hexdigest()[:16])
+    fingerprint = hashlib.sha256(json.dumps(summary, sort_keys=True).encode()).hexdigest()[:16]
+    scored = Dataset(pa.concat_tables(tables), fingerprint=fingerprint)
 
     finished = partial / "dataset"
     shutil.rmtree(finished, ignore_errors=True)
     scored.save_to_disk(str(finished))
-    _write(finished / SCORES_FILE, _json(summary))
+    write_json(finished / SCORES_FILE, summary, sort_keys=True, ensure_ascii=False)
     for path in finished.iterdir():
         with open(path, "rb") as file:
             os.fsync(file.fileno())
     os.replace(finished, output)  # onto nothing, or an empty folder
-    _sync_folder(output.absolute().parent)
+    sync_folder(output.absolute().parent)
     shutil.rmtree(partial)

@@ -104,11 +104,10 @@ class RowCache(Cache):
         self.slots = self.columns = 0
 
     def reserve(self, slots: int, columns: int) -> None:
-        """Make room for `slots` rows of `columns` tokens."""
-        if slots > self.slots or columns > self.columns:
-            self.slots, self.columns = max(slots, self.slots), max(columns, self.columns)
-            for layer in self.layers:
-                layer.reserve(self.slots, self.columns)
+        """Make room for `slots` rows of `columns` tokens, and for no more."""
+        self.slots, self.columns = slots, columns
+        for layer in self.layers:
+            layer.reserve(slots, columns)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -198,9 +197,11 @@ class Reader:
             self.discarded += excess
 
     def drop(self, row: int) -> None:
-        """The row is finished: its slot is free."""
+        """The row is finished: its slot is free, and behind the last row the buffers are."""
         for table in (self.length, self._slot, self._end):
             table.pop(row, None)
+        if not self._slot:
+            self._start_cache()
 
     def _forward(self, rows: list[int], chunks: list[list[int]], keep: int) -> Reading:
         sizes = [len(chunk) for chunk in chunks]
@@ -237,17 +238,17 @@ class Reader:
     def _plan(self, rows: list[int], sizes: list[int]) -> _Plan:
         width = max(sizes)
         total = max(self.length[row] + size for row, size in zip(rows, sizes, strict=True))
-        for row, size in zip(rows, sizes, strict=True):
-            if row not in self._slot:  # rows that begin together end in one column
-                self._slot[row], self._end[row] = self._free_slot(), total - size
-        self._cache.reserve(max(self._slot.values()) + 1, 0)
+        new = [(row, size) for row, size in zip(rows, sizes, strict=True) if row not in self._slot]
+        if len(self._slot) + len(new) > self._cache.slots:
+            self._add_slots(len(new), total)
+        for row, size in new:  # rows that begin together end in one column
+            self._slot[row], self._end[row] = self._free_slot(), total - size
         in_place = len(self._slot) == len(rows) and min(sizes) == width  # nobody else is in the buffer
         if in_place and not self._aligned(rows):
             self._align(rows)
         ends = [self._end[row] + size for row, size in zip(rows, sizes, strict=True)]
         if max(ends) > self._cache.columns:
-            roomy = int(max(ends) * GROWTH) + 64
-            self._cache.reserve(0, min(roomy, self.columns) if self.columns >= max(ends) else roomy)
+            self._cache.reserve(self._cache.slots, self._room(max(ends)))
         if in_place:
             return _Plan(past=total - width, total=total, end=ends[0])
         source = self._source(rows, ends, total)
@@ -257,6 +258,18 @@ class Reader:
         home, source = home.to(self.device), source.to(self.device)  # once, not in every layer
         real = None if real is None else real.to(self.device)
         return _Plan(total - width, total, home=home, real=real, source=source)
+
+    def _add_slots(self, count: int, total: int) -> None:
+        """Room for more rows, with no more columns than are needed now: the longest row may be gone."""
+        columns = self._room(max(total, *self.length.values()))
+        if columns < self._cache.columns:
+            self._align(list(self._slot))
+        self._cache.reserve(len(self._slot) + count, min(columns, self._cache.columns))
+
+    def _room(self, columns: int) -> int:
+        """What to reserve where so many columns are needed: more, but not more than a row will have."""
+        limits = [limit for limit in (self.columns, self.max_length or 0) if limit >= columns]
+        return min([int(columns * GROWTH) + 64, *limits])
 
     def _free_slot(self) -> int:
         taken = set(self._slot.values())
@@ -277,7 +290,8 @@ class Reader:
         """`(rows, width)` flat indices of the columns before `ends`; padding repeats the row's first token."""
         first = torch.tensor([[self._end[row] - self.length[row]] for row in rows])
         offset = torch.tensor([[self._slot[row] * self._cache.columns] for row in rows])
-        return (torch.arange(-width, 0) + torch.tensor(ends).unsqueeze(1)).maximum(first) + offset
+        column = (torch.arange(-width, 0) + torch.tensor(ends).unsqueeze(1)).maximum(first)
+        return column.clamp(max=self._cache.columns - 1) + offset  # a row without tokens may begin behind the last one
 
 
 class StatefulReader(Reader):

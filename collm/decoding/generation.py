@@ -251,8 +251,10 @@ def collaborate(
         *(prompts if p is None else p for p in own),
         *(prompts for _ in collaboration.combiner.models),
     ]
-    max_steps = generation_config.max_length - input_ids.shape[1]
-    eos = [c.eos_token_id.tolist() for c in stopping_criteria if isinstance(c, EosTokenCriteria)]
+    # The user's criterion stands in the place of the config's. As in transformers, one token is always written.
+    max_length = min(c.max_length for c in stopping_criteria if type(c) is MaxLengthCriteria)
+    max_steps = max(max_length - input_ids.shape[1], 1)
+    eos = [c.eos_token_id.tolist() for c in stopping_criteria if type(c) is EosTokenCriteria]
     pad = generation_config._pad_token_tensor
     known = (EosTokenCriteria, MaxLengthCriteria)
     random = generation_config.do_sample or uses_randomness(collaboration.router)
@@ -274,7 +276,7 @@ def collaborate(
             max_steps=max_steps,
             eos=frozenset(token for tokens in eos for token in tokens),
             pad=int(pad) if pad is not None else 0,
-            criteria=StoppingCriteriaList(c for c in stopping_criteria if not isinstance(c, known)),
+            criteria=StoppingCriteriaList(c for c in stopping_criteria if type(c) not in known),
         ),
         gate=DraftGate(step_cost(models[1]) / step_cost(model)) if collaboration.speculate else None,
         streamer=_streaming(collaboration.streamer),
@@ -401,12 +403,11 @@ def resolve_threshold(
             f"threshold={threshold} and deferral_rate={deferral_rate} say two things: a deferral rate is turned into a "
             "threshold by the calibration table. Pass one of them."
         )
-    if (threshold is not None or deferral_rate is not None) and not uses_threshold(router):
-        given = "threshold" if threshold is not None else "deferral_rate"
-        warnings.warn(f"{given}= has no effect: this router has a cut or a rate of its own.", stacklevel=3)
     if threshold is not None:
+        if not uses_threshold(router):
+            warnings.warn("threshold= has no effect: this router has a cut or a rate of its own.", stacklevel=3)
         return _each(float, threshold)
-    if deferral_rate is not None and uses_threshold(router):
+    if deferral_rate is not None:
         return _each(lambda rate: threshold_of_rate(model.config.deferral, rate, router), deferral_rate)
     return model.config.deferral.threshold
 

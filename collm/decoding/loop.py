@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from transformers import LogitsProcessorList
+from transformers.generation import PrefixConstrainedLogitsProcessor
 
 from collm.errors import AssistantError
 from collm.losses import deferral_probabilities
@@ -116,7 +118,8 @@ class Choice:
             return self.processors(input_ids[indices], logits)
         everything = logits.new_zeros(input_ids.shape[0], logits.shape[-1])
         everything[indices] = logits
-        return self.processors(input_ids, everything)[indices]
+        processors = LogitsProcessorList(_asked_about(indices, processor) for processor in self.processors)
+        return processors(input_ids, everything)[indices]
 
 
 class Decoder:
@@ -588,6 +591,15 @@ class Decoder:
             "fallback": [row.fell_back_at for row in self.rows],
             "seconds": seconds,
         }
+
+
+def _asked_about(rows: list[int], processor: Any) -> Any:
+    """The processor, whose prefix function, if it has one, is asked about `rows` alone: at this step the others show
+    padding or a discarded draft, which may be no beginning that the function knows."""
+    if type(processor) is not PrefixConstrainedLogitsProcessor:
+        return processor
+    function, beams = processor._prefix_allowed_tokens_fn, processor._num_beams
+    return PrefixConstrainedLogitsProcessor(lambda row, ids: function(row // beams, ids) if row in rows else [0], 1)
 
 
 def _previous_states(rows: list[Row], steps: list[int], device: torch.device) -> Tensor | None:

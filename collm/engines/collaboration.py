@@ -119,7 +119,8 @@ async def collaborate(
             at the first deferral. For engines on devices of their own; for an answer without a deferral it is in vain.
 
     Raises:
-        AssistantError: the base failed; or an assistant did, and the request does not want the base to go on alone.
+        AssistantError: the base failed; or an assistant did (a token that the base does not know is a failure too), and
+            the request does not want the base to go on alone.
     """
     decider = Decider(request, len(assistants))
     writer = base.open(request.prompt_ids, request.sampling)
@@ -159,6 +160,11 @@ async def collaborate(
                     raise AssistantError(f"assistant {k} ({assistants[k - 1].name}) is not available at present.")
                 async with asyncio.timeout(assistant_timeout):
                     token, missed = await helper(k).write(tokens)
+                if not 0 <= token < base.vocab_size:
+                    raise AssistantError(
+                        f"assistant {k} ({assistants[k - 1].name}) wrote token id {token}; the base knows 0 to "
+                        f"{base.vocab_size - 1}. Check that the two have one tokenizer."
+                    )
             except (AssistantError, TimeoutError) as error:
                 failure = _failure(error, k, assistant_timeout)
                 observe(Asked(k, time.perf_counter() - start, 0, failure, asked))

@@ -180,7 +180,7 @@ class HTTPSession(Tokens):
         body |= {k: v for k, v in optional.items() if v != getattr(Sampling, k)}
         choice = await engine.complete({**body, "prompt": self._tokens, "return_token_ids": True})
         tokens = choice.get("token_ids")
-        if not isinstance(tokens, list) or len(tokens) != 1 or not isinstance(tokens[0], int):
+        if not isinstance(tokens, list) or len(tokens) != 1 or type(tokens[0]) is not int:
             raise AssistantError(
                 f"{engine.name} was asked for one token id and returned token_ids={tokens!r}; exchange "
                 "text with it, if it knows no token ids."

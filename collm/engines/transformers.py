@@ -154,8 +154,8 @@ class TransformersEngine:
                 logits, probs = reading.logits[:, -1].float().cpu(), None
                 if reading.deferral_logits is not None:
                     probs = deferral_probabilities(reading.deferral_logits[:, -1]).cpu()
-                for i, session in enumerate(unread):
-                    session.read(logits[i : i + 1], None if probs is None else probs[i : i + 1])
+                for i, session in enumerate(unread):  # a view would keep the whole batch's logits
+                    session.read(logits[i : i + 1].clone(), None if probs is None else probs[i : i + 1])
             return [step.session.choose(step.gate) for step in batch]
         except Exception as error:
             if len(batch) == 1:

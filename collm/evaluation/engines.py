@@ -16,7 +16,7 @@ from collm.engines.collaboration import Request, collaborate
 from collm.engines.session import Sampling
 from collm.errors import ConfigurationError
 from collm.evaluation.generations import Generation
-from collm.evaluation.runner import Problem
+from collm.evaluation.runner import Problem, answer_limit
 
 # Seconds for one assistant token: nobody waits at the other end, and at first every prompt is read before any token.
 PATIENCE = 1800.0
@@ -94,9 +94,10 @@ class EngineWriter:
         self.loop.close()
 
     async def _write(self, problem: Problem) -> Generation:
+        longest = min(engine.max_length for engine in (self.base, *self.assistants))
         request = Request(
             problem.prompt_ids,
-            self.max_new_tokens,
+            answer_limit(problem, self.max_new_tokens, longest),
             self._threshold(),
             self.options.get("router") if self.assistants else "never",
             self._sampling(problem.id),

@@ -22,7 +22,8 @@ def wilson_interval(successes: float, n: int, z: float = 1.959964) -> tuple[floa
     scale = 1 + z * z / n
     center = (share + z * z / (2 * n)) / scale
     half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / scale
-    return max(0.0, center - half), min(1.0, center + half)
+    # Exact where nothing or everything succeeded: rounding must not put the share outside.
+    return (0.0 if successes <= 0 else center - half), (1.0 if successes >= n else center + half)
 
 
 def bootstrap_interval(

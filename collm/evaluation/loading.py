@@ -129,7 +129,10 @@ def load_team(
         "seed": seed,
     }
     writer = EngineWriter(service.base, service.assistants, **common)
-    alone = [EngineWriter(one, (), **common, loop=writer.loop) for one in (service.base, *service.assistants)]
+    alone = [EngineWriter(service.base, (), **common, loop=writer.loop)]
+    for one, name in zip(service.assistants, names, strict=True):  # each ends its text as it learned to
+        own = {**common, "eos_ids": serve.end_of_sequence(service.tokenizer, name)}
+        alone.append(EngineWriter(one, (), **own, loop=writer.loop))
     unloaded = [described(name) for name in names]
     identity = {
         "weights": [weights_fingerprint(model), *(fingerprint for fingerprint, _ in unloaded)],
@@ -182,7 +185,8 @@ def load_single(
     arguments = serve.Arguments(name, dtype=dtype, engine_args=engine_args)
     options = serve.engine_options(engine_args)
     one = serve.start_engine(ENGINES[engine], arguments, name, options, serve.Place(None, 1))
-    writer = replace(team.writer, base=one, assistants=(), loop=asyncio.Runner())
+    eos_ids = serve.end_of_sequence(team.tokenizer, name)
+    writer = replace(team.writer, base=one, assistants=(), eos_ids=eos_ids, loop=asyncio.Runner())
     identity = {"weights": [fingerprint], "dtype": dtype, "engine": engine, "engine_args": _that_matters(options)}
     return Team(None, team.tokenizer, names, writer, [writer], [parameters], identity, [writer])
 

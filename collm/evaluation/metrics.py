@@ -18,10 +18,11 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from collm.errors import ConfigurationError, DataFormatError, did_you_mean
+from collm.errors import ConfigurationError, DataFormatError, did_you_mean, require
 
 Row = Mapping[str, Any]
 
@@ -85,8 +86,8 @@ def bioasq(row: Row, text: str, truncated: bool = False) -> Score:
     first). - list: `list_f1`, with `list_precision` and `list_recall`; each reference item counts once, under any of
     its synonyms. - summary: `rouge2` and `rougeL` (F measure, the best of the references).
 
-    An answer stands at the beginning of the text: "yes" or "no", or one item per line, as bullets or numbers where
-    there are several; what follows after them is explanation.
+    An answer stands at the beginning of the text: "yes" or "no", or one item per line, with or without bullets or
+    numbers; what follows after them is explanation.
     """
     kind = row.get("type")
     if kind not in BIOASQ_REFERENCES:
@@ -145,6 +146,7 @@ BIOASQ_REFERENCES = {
 }
 
 METRICS: dict[str, Metric] = {"gsm8k": gsm8k, "math": math, "bioasq": bioasq, "exact_match": exact_match}
+METRICS_NEED = {"gsm8k": ["math_verify"], "math": ["math_verify"], "bioasq": ["rouge_score"]}
 
 
 def get_metric(name: str | Metric) -> Metric:
@@ -155,11 +157,13 @@ def get_metric(name: str | Metric) -> Metric:
     says that no answer could be read.
 
     Raises:
-        [`ConfigurationError`]: no such name, module or function.
+        [`ConfigurationError`]: no such name, module or function; a package that the metric needs is not installed.
     """
     if callable(name):
         return name
     if name in METRICS:
+        for package in METRICS_NEED.get(name, ()):
+            require(package, "eval")
         return METRICS[name]
     if ":" not in name:
         allowed = ", ".join(METRICS)
@@ -196,10 +200,16 @@ def _user_metric(function: Callable[[Row, str], Any], name: str) -> Metric:
 
 # --- reading answers -------------------------------------------------------------------------------------------------
 
+LONGEST_ITEM = 10  # words of an item that stands on a line of its own, without a bullet
 NUMBER = r"-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|-?\.\d+"
 # `#### 18`, `#### $1,200.50`, `#### 18 eggs` on a line of its own; `#### 2. Next step` is a heading.
 HASHES = re.compile(rf"^.*?####\s*[$€£]?\s*({NUMBER})\s*%?\s*(?:[A-Za-z]+)?\s*\.?\s*(?:<\|.*)?$", re.MULTILINE)
-STATED = re.compile(r"\banswer(?:\s+is|\s*:|\s*=)(?:\s*:)?\s*([^\n]+)", re.IGNORECASE)
+# "the answer is 18" anywhere, "Answer: 18" where a line or a sentence begins ("to find the answer: multiply" is none).
+STATED = re.compile(
+    r"(?:\banswer\s+is(?:\s*:)?|(?:^|(?<=[.!?]\s))[^\w\n]*(?:(?:the|my|final)\s+)*answer[\s*_]*[:=])\s*([^\n]+)",
+    re.IGNORECASE | re.MULTILINE,
+)
+SENTENCE_END = re.compile(r"(?<=\S)\.(?:\s|$)")
 
 
 def number_answer(text: str, explicit_only: bool = False) -> str | None:
@@ -208,13 +218,24 @@ def number_answer(text: str, explicit_only: bool = False) -> str | None:
     if (box := _last_box(text)) is not None:
         explicit.append(box)
     for match in STATED.finditer(text):
-        numbers = re.findall(NUMBER, match.group(1).split(". ")[0])
-        if numbers:
-            explicit.append((match.end(), numbers[-1]))
+        if boxed(match.group(1)) is None and (number := _stated_number(match.group(1))) is not None:
+            explicit.append((match.end(), number))
     if explicit:
         return _plain(max(explicit)[1])
     numbers = [] if explicit_only else re.findall(NUMBER, text)
     return _plain(numbers[-1]) if numbers else None
+
+
+def _stated_number(said: str) -> str | None:
+    """Of "5 + 3 = 8 eggs" and "8 eggs in 2 days" it is 8, the result or what comes first; else the sentence's last
+    number."""
+    sentence = SENTENCE_END.split(said)[0]
+    before, _, result = sentence.rpartition("=")
+    first = re.match(rf"[\s$€£*_\\(]*({NUMBER})", result)
+    if first:
+        return first.group(1)
+    numbers = re.findall(NUMBER, result) or re.findall(NUMBER, before)
+    return numbers[-1] if numbers else None
 
 
 def boxed(text: str) -> str | None:
@@ -236,28 +257,35 @@ def _last_box(text: str) -> tuple[int, str] | None:
 
 
 def stated(text: str) -> str | None:
-    """What follows the last "answer is" or "answer:" on its line, without emphasis and the full stop."""
+    """What follows the last "answer is" or "Answer:" in its sentence, without emphasis; its formula where it begins
+    with one."""
     matches = STATED.findall(text)
-    return matches[-1].strip().lstrip(" *_").rstrip(" *_.") or None if matches else None
+    if not matches:
+        return None
+    sentence = SENTENCE_END.split(matches[-1])[0]
+    formula = re.match(r"[^\d$\\]*(?:\$+([^$\s](?:[^$]*[^$\s])?)\$|\\\((.+?)\\\)|\\\[(.+?)\\\])", sentence)
+    said = next(filter(None, formula.groups())) if formula else sentence
+    return said.strip().lstrip(" *_").rstrip(" *_.") or None
 
 
 def items(text: str, several: bool = False) -> list[str]:
     """
-    The items at the beginning of a text: its leading bulleted or numbered lines; else its first line, cut at commas,
-    semicolons and "and" where `several` items are expected.
+    The items at the beginning of a text: its bulleted or numbered lines, a line that ends in a colon before them and
+    blank lines between them left out. Where there are none, its first line; and where `several` are expected, its
+    first lines as long as they are short, or a single one cut at commas, semicolons and "and".
     """
-    lines = text.strip().splitlines()
-    found = []
-    for line in lines:
-        bullet = re.match(r"\s*(?:[-*•]|\d+[.)])\s+(.*\S)", line)
-        if bullet is None:
-            break
-        found.append(bullet.group(1).rstrip("."))
-    if found or not lines:
+    lines = [line.strip() for line in text.strip().splitlines()]
+    if lines and lines[0].endswith(":"):
+        lines = lines[1 + (lines[1:2] == [""]) :]
+    bullets = (re.match(r"(?:[-*•]|\d+[.)])\s+(.*\S)", line) for line in lines if line)
+    if found := [bullet.group(1).rstrip(".") for bullet in takewhile(bool, bullets) if bullet]:
         return found
-    first = lines[0].strip().rstrip(".")
-    parts = re.split(r"\s*[;,]\s*(?:and\s+)?|\s+and\s+", first) if several else [first]
-    return [part for part in parts if part]
+    if not several:
+        return [line.rstrip(".") for line in lines[:1]]
+    short = list(takewhile(lambda line: 0 < len(line.split()) <= LONGEST_ITEM, lines))
+    if len(short) < 2:
+        short = re.split(r"\s*[;,]\s*(?:and\s+)?|\s+and\s+", lines[0].rstrip(".")) if lines else []
+    return [item for line in short if (item := line.rstrip(".,;"))]
 
 
 def normalised(text: str) -> str:
@@ -307,8 +335,10 @@ def _plain(number: str) -> str:
 
 
 def _decimal(text: str) -> Decimal | None:
-    text = re.sub(r"(?<=\d),(?:\\!)?(?=\d{3}(?!\d))", "", text)  # thousands: "1,2" is a list, "1,200" a number
-    text = re.sub(r"\\[$%!,;]|\\text\{[^}]*\}|[$€£%\s]", "", text).rstrip(".")
+    # Thousands: "1,2" is a list, "1,200" and "1{,}200" are numbers. Units stand behind; between numbers they join none.
+    text = re.sub(r"(?<=\d)(?:,(?:\\!)?|\{,\})(?=\d{3}(?!\d))", "", text)
+    text = re.sub(r"\\[$%!,;]|[$€£%]", "", re.sub(r"(?:\\text\{[^}]*\}\s*)$", "", text.strip()))
+    text = re.sub(r"^([-+])\s+", r"\1", text.strip()).rstrip(".")
     try:
         return Decimal(text) if re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)", text) else None
     except InvalidOperation:

@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from collm.data.chat import Chat, encode, message
+from collm.data.chat import Chat, Dropped, encode, message
 from collm.errors import DataFormatError
 from collm.evaluation.generations import GenerationStore
 from collm.evaluation.options import DataOptions
@@ -45,7 +45,7 @@ def answer_questions(
         `Path`: the file of answers.
 
     Raises:
-        [`DataFormatError`]: a row without `question_id`, `category` or `turns`.
+        [`DataFormatError`]: a row without `question_id`, `category` or `turns`; one that the chat template refuses.
     """
     questions = data.rows()
     for number, row in enumerate(questions):
@@ -60,12 +60,11 @@ def answer_questions(
         open_rows = [i for i, row in enumerate(questions) if turn < len(row["turns"])]
         for i in open_rows:
             conversations[i].append(message("user", questions[i]["turns"][turn] + instruction))
-        problems = [
-            Problem(
-                i, questions[i], questions[i]["turns"][turn], encode(tokenizer, chat.render(conversations[i], True))
-            )
-            for i in open_rows
-        ]
+        try:
+            prompts = {i: encode(tokenizer, chat.render(conversations[i], True)) for i in open_rows}
+        except Dropped as error:
+            raise DataFormatError(f"the chat template refuses a question: {error}") from error
+        problems = [Problem(i, questions[i], questions[i]["turns"][turn], prompts[i]) for i in open_rows]
         answers: dict[int, str] = {}
         for temperature in sorted({_temperature(p.row) for p in problems}):
             sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}

@@ -30,6 +30,9 @@ class DataOptions:
     chat_template: str | None = field(
         default=None, metadata={"help": 'instead of the tokenizer\'s: "tulu" or a Jinja file'}
     )
+    raw: bool = field(
+        default=False, metadata={"help": "continue prompt strings themselves, as training reads them; no chat template"}
+    )
     max_new_tokens: int = field(default=512, metadata={"help": "length limit of an answer, in tokens"})
     batch_size: int = field(default=8, metadata={"help": "answers written at once"})
     seed: int = field(default=0, metadata={"help": "of sampling and of routers that draw"})
@@ -38,8 +41,10 @@ class DataOptions:
         """The rows asked for.
 
         Raises:
-            [`ConfigurationError`]: none is left.
+            [`ConfigurationError`]: none is left; `raw` with a task.
         """
+        if self.raw and self.task is not None:
+            raise ConfigurationError("--raw is for rows of prompt strings; a task's questions are put as in training.")
         dataset = read_rows(self.data, self.split, self.dataset_config)
         end = len(dataset) if self.limit is None else min(len(dataset), self.first + self.limit)
         if self.first >= end:
@@ -49,13 +54,13 @@ class DataOptions:
     def problems(self, tokenizer: Any) -> list[Problem]:
         """The rows as prompts."""
         return make_problems(
-            self.rows(), tokenizer, self.task, self.instruction, self.system_prompt, self.chat_template
+            self.rows(), tokenizer, self.task, self.instruction, self.system_prompt, self.chat_template, self.raw
         )
 
     def settings(self, problems: list[Problem]) -> dict[str, Any]:
         """What the generated texts depend on, for [`GenerationStore`]."""
         options = asdict(self)
-        for name in ("data", "split", "dataset_config", "first", "limit", "batch_size"):
+        for name in ("data", "split", "dataset_config", "first", "limit", "raw", "batch_size"):
             options.pop(name)  # the fingerprint says more than the name; the batch changes no greedy text
         return {**options, "problems": problems_fingerprint(problems)}
 

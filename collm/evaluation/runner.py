@@ -21,6 +21,7 @@ import torch
 
 from collm.data.chat import Chat, Dropped, bos, encode, message
 from collm.data.tasks import get_task
+from collm.decoding.cache import maximum_length
 from collm.errors import ConfigurationError, DataFormatError
 from collm.evaluation.generations import Generation, GenerationStore, data_fingerprint
 from collm.evaluation.intervals import bootstrap_interval, wilson_interval
@@ -50,17 +51,19 @@ def make_problems(
     instruction: str | None = None,
     system_prompt: str | None = None,
     chat_template: str | None = None,
+    raw: bool = False,
 ) -> list[Problem]:
     """
-    Prompts of a data set, as training formats them.
+    Prompts of a data set.
 
     A row has `prompt` (a string or a list of messages), or `messages` whose last turn is the reference, or the columns
     of `task`. Strings become one turn of a conversation where there is a chat template; elsewhere a line break follows
-    those of a task.
+    those of a task. Training does the same with a task, and takes `prompt` strings as they are: `raw` does so here.
 
     Args:
         instruction (`str`, *optional*): appended to the last question after a blank line.
         system_prompt (`str`, *optional*): the conversation's system message.
+        raw (`bool`, *optional*, defaults to `False`): continue `prompt` strings themselves, whatever the tokenizer has.
 
     Raises:
         [`DataFormatError`]: a row has none of these columns, or nothing in them.
@@ -75,7 +78,7 @@ def make_problems(
             made = convert(row)
             if made.get("messages") is not None:
                 made = {"prompt": made["messages"][:-1]}
-            asked = put(made, bool(chat.template), instruction, system_prompt)["prompt"]
+            asked = put(made, bool(chat.template) and not raw, instruction, system_prompt)["prompt"]
             if isinstance(asked, str):
                 prompt, ids = asked, bos(tokenizer) + encode(tokenizer, asked + "\n" * (task is not None))
             else:
@@ -162,16 +165,24 @@ class ModelWriter:
     seed: int = 0
 
     def write(self, problems: Sequence[Problem], at_once: int) -> Generator[list[Generation], None, None]:
-        """Batches of `at_once`, in order."""
-        for start in range(0, len(problems), at_once):
-            yield self._batch(problems[start : start + at_once])
+        """Batches of `at_once`, in order; a prompt that leaves no room for `max_new_tokens` by itself, with what there
+        is."""
+        everyone = (self.model, *self.assistants)
+        longest = min((limit for model in everyone if (limit := maximum_length(model)) is not None), default=None)
+        room = {problem.id: answer_limit(problem, self.max_new_tokens, longest) for problem in problems}
+        whole = [problem for problem in problems if room[problem.id] == self.max_new_tokens]
+        for start in range(0, len(whole), at_once):
+            yield self._batch(whole[start : start + at_once], self.max_new_tokens)
+        for problem in problems:
+            if room[problem.id] < self.max_new_tokens:
+                yield self._batch([problem], room[problem.id])
 
     @torch.inference_mode()
-    def _batch(self, problems: Sequence[Problem]) -> list[Generation]:
+    def _batch(self, problems: Sequence[Problem], max_new_tokens: int) -> list[Generation]:
         started = time.perf_counter()
         inputs = left_padded([problem.prompt_ids for problem in problems], self._pad, self.model.device)
         torch.manual_seed(self.seed + problems[0].id)
-        options = {"max_new_tokens": self.max_new_tokens, "do_sample": False, "pad_token_id": self._pad, **self.options}
+        options = {"max_new_tokens": max_new_tokens, "do_sample": False, "pad_token_id": self._pad, **self.options}
         # Distributions as the models have them: many checkpoints bring a penalty of their own, engines apply none.
         options["repetition_penalty"] = 1.0
         if not options["do_sample"]:
@@ -209,6 +220,22 @@ class ModelWriter:
     @property
     def _pad(self) -> int:
         return self.tokenizer.eos_token_id if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
+
+
+def answer_limit(problem: Problem, max_new_tokens: int, longest: int | None) -> int:
+    """
+    How many tokens an answer may have where models read `longest` tokens; fewer than asked for count as truncated.
+
+    Raises:
+        [`ConfigurationError`]: there is no room for any.
+    """
+    room = max_new_tokens if longest is None else min(max_new_tokens, longest - len(problem.prompt_ids))
+    if room < 1:
+        raise ConfigurationError(
+            f"Row {problem.id}: its prompt has {len(problem.prompt_ids)} tokens, and the models read {longest} at "
+            "most: leave it out of the data, or take models that read more."
+        )
+    return room
 
 
 def left_padded(rows: Sequence[Sequence[int]], pad: int, device: Any = "cpu") -> dict[str, torch.Tensor]:

@@ -19,7 +19,9 @@ first choices along that text, and no router could know them without asking.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -31,10 +33,11 @@ from collm.configuration import DeferralConfig
 from collm.errors import CalibrationError, ConfigurationError, did_you_mean
 from collm.evaluation.generations import Generation, GenerationStore
 from collm.evaluation.intervals import paired_bootstrap
-from collm.evaluation.loading import Team
+from collm.evaluation.loading import Team, num_parameters
 from collm.evaluation.metrics import Metric
 from collm.evaluation.runner import Problem, Writer, generate_all, headline_scores, problems_fingerprint, summarise
 from collm.evaluation.trajectory import Trajectory, texts_of
+from collm.files import write_json
 
 AT_A_RATE = ("learned", "random", "entropy", "top_probability", "margin", "ema", "scheduled")
 EVERYWHERE = ("mixture", "contrastive", "proxy_tuning")
@@ -119,7 +122,10 @@ class Sweep:
             combiner: dict[str, Any] = {"name": method}
             if method == "proxy_tuning":
                 combiner["untuned"] = self.untuned
-            return [self.point(method, {"router": "always", "combiner": combiner})]
+            point = self.point(method, {"router": "always", "combiner": combiner})
+            if method == "proxy_tuning":
+                point["active_parameters"] += num_parameters(self.untuned)  # runs at every token, too
+            return [point]
         if method == "random":
             return [self.point(method, {"router": {"name": "random", "rate": rate}}, rate) for rate in rates]
         trajectory = self.trajectory(method)
@@ -162,27 +168,33 @@ class Sweep:
         return Trajectory(self.team, self.calibration, {"name": router}, self.batch_size, folder, settings)
 
     def thresholds(self, trajectory: Trajectory, rates: Sequence[float]) -> dict[float, float]:
-        """Asked rate to threshold: from the checkpoint's table where it covers them, else measured now.
+        """Asked rate to threshold: from the checkpoint's table where it covers the rate, else measured, once: further
+        runs for other rates change none that texts were written with.
 
         Raises:
             [`ConfigurationError`]: there are no calibration problems to measure on.
         """
         deferral: DeferralConfig = self.team.model.config.deferral
-        if trajectory.router["name"] == "learned":
-            try:
-                return {rate: deferral.threshold_for_rate(rate) for rate in rates}
-            except CalibrationError:
-                pass  # no table, or not for these rates
-        if not self.calibration:
-            raise ConfigurationError(
-                f"the thresholds of {trajectory.router['name']} have to be measured on problems that are not reported: "
-                "set --calibration-problems"
-            )
-        known = trajectory.finished()
-        rows, _ = calibrate_rates(trajectory, rates, tolerance=self.tolerance, report=print, known=known)
-        table = DeferralConfig(calibration=rows)
-        reached = [row["rate"] for row in rows]
-        return {rate: table.threshold_for_rate(min(max(rate, reached[0]), reached[-1])) for rate in rates}
+        name, found = trajectory.router["name"], {}
+        for rate in rates if name == "learned" else ():
+            with suppress(CalibrationError):  # no table, or not for this rate
+                found[rate] = deferral.threshold_for_rate(rate)
+        path = self.folder / f"{self.prefix}calibration".replace(" ", "-") / f"{name}.json"
+        settings = json.loads(json.dumps({**self.team.identity, **trajectory.settings, "tolerance": self.tolerance}))
+        kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        measured = dict(kept["thresholds"]) if kept.get("settings") == settings else {}
+        if missing := [rate for rate in rates if rate not in found.keys() | measured.keys()]:
+            if not self.calibration:
+                raise ConfigurationError(
+                    f"the thresholds of {name} have to be measured on problems that are not reported: set "
+                    "--calibration-problems"
+                )
+            known = trajectory.finished()
+            rows, _ = calibrate_rates(trajectory, missing, tolerance=self.tolerance, report=print, known=known)
+            for rate in missing:
+                measured[rate] = min(rows, key=lambda row: abs(row["rate"] - rate))["threshold"]
+            write_json(path, {"settings": settings, "thresholds": list(measured.items())})
+        return {rate: {**measured, **found}[rate] for rate in rates}
 
     def _assistants(self) -> list[str]:
         count = len(self.team.alone) - 1

@@ -10,7 +10,7 @@ from transformers import TrainingArguments
 from collm.errors import ConfigurationError, did_you_mean
 
 from .solver import DEFAULT_L2
-from .zinit import DEFAULT_MAX_TOKENS, check_held_out, check_weight
+from .zinit import DEFAULT_MAX_TOKENS, check_held_out, check_own_loss, check_weight
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 GIVEN = {"nargs": "?", "const": True}  # `--option` means true, as for options that are true or false by default
@@ -123,6 +123,8 @@ class TrainArguments(TrainingArguments):
             raise ConfigurationError("objective sft trains a model without a head; it cannot go with mode head.")
         if self.mode == "head" and self.eval_data is not None:
             raise ConfigurationError("mode head measures on head_held_out, a share of its rows; leave eval_data away.")
+        if self.objective != "sft":
+            check_own_loss(self)
         check_weight(self.positive_weight)
         check_held_out(self.head_held_out)
         if self.dtype not in DTYPES:

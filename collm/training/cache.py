@@ -15,6 +15,7 @@ from torch import distributed as dist
 from tqdm import tqdm
 
 from collm.errors import DataFormatError, ScoreMismatchError
+from collm.files import write_json
 
 from .distributed import is_distributed, processes
 from .targets import Collator, TargetData, deferral_model, frozen, row_order, score_batch
@@ -43,7 +44,7 @@ def cache_targets(
 
     Args:
         model, dataset, collator, batch_size, seed: as in [`~collm.training.targets.collect_targets`].
-        folder (`str`): `4 F + 9 + 5 K` bytes for each target token go there.
+        folder (`str`): `4 F + 13 + 5 K` bytes for each target token go there.
 
     Returns:
         [`TargetData`] whose tensors are memory-mapped files, in the order of `collect_targets`.
@@ -145,9 +146,7 @@ def _claim(folder: Path, manifest: dict[str, Any], layout: dict[str, tuple[Any, 
         with open(folder / f"{name}.bin", "wb") as file:
             # A sparse file on a full disk kills the process (SIGBUS) at the first page that finds no room.
             os.posix_fallocate(file.fileno(), 0, int(np.prod(shape)) * np.dtype(dtype).itemsize)
-    partial = folder / f"{MANIFEST}.partial"
-    partial.write_text(json.dumps(manifest, indent=2), encoding="utf-8")
-    os.replace(partial, path)
+    write_json(path, manifest)
 
 
 def _as_tensor(values: np.memmap) -> Tensor:

@@ -19,7 +19,7 @@ from collm.losses import collapse_warning
 
 from .distributed import processes, sum_over_processes
 from .targets import deferral_model
-from .zinit import trained_head
+from .zinit import check_own_loss, trained_head
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +36,9 @@ class DeferralLoggingCallback(TrainerCallback):
 
     The Trainer puts users' callbacks behind those of TensorBoard, W&B and the like, which would not see these numbers.
     Put this one in front: `DeferralLoggingCallback.attach(trainer)`.
+
+    Raises:
+        ConfigurationError: at the start, where the Trainer's options put another loss in the place of the model's.
     """
 
     def __init__(self) -> None:
@@ -52,6 +55,7 @@ class DeferralLoggingCallback(TrainerCallback):
         return callback
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        check_own_loss(args)
         collm = deferral_model(kwargs["model"])
         collm.take_training_statistics()  # of whatever ran before
         # The loss takes gradients of its chunks in the forward pass, unscaled; those of the backward pass count.

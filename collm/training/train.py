@@ -18,12 +18,19 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, Trainer, set_seed
 
 import collm
-from collm.checkpoints import TRAINING_FILE, is_head_only, save_deferral_config, save_head_only
+from collm.checkpoints import (
+    TRAINING_FILE,
+    check_no_other_weights,
+    is_head_only,
+    save_deferral_config,
+    save_head_only,
+)
 from collm.configuration import DeferralConfig
 from collm.data.collator import DataCollatorForCoLLM
 from collm.data.scoring import SCORES_FILE, load_scored
 from collm.data.tokenizers import load_tokenizer
 from collm.errors import CoLLMError, ConfigurationError, ScoreMismatchError, TrainingError
+from collm.files import write_json
 from collm.modeling import CoLLMForCausalLM
 
 from .arguments import TrainArguments
@@ -57,7 +64,8 @@ def train(arguments: TrainArguments) -> dict[str, Any]:
     Raises:
         ConfigurationError: options that cannot go together, a folder that cannot be written, a finished run in it, an
             interrupted one of another model or other data.
-        DataFormatError, ScoreMismatchError, TokenizerMismatchError, CheckpointError: data or model do not fit.
+        DataFormatError, ScoreMismatchError, TokenizerMismatchError, CheckpointError: data or model do not fit, or (mode
+            head) the folder holds other weights.
         TrainingError: a loss that is no number, or a disk that is full; the last good checkpoint stays.
     """
     # 1. What would fail late.
@@ -65,6 +73,8 @@ def train(arguments: TrainArguments) -> dict[str, Any]:
     if arguments.should_save:
         check_writable(output)
     checkpoint = _checkpoint_to_resume(arguments, output)
+    if arguments.mode == "head":
+        check_no_other_weights(output)
     set_seed(arguments.seed)  # the Trainer does it too, but adapters draw their weights before
     if arguments.deepspeed and arguments.use_cpu:
         import deepspeed
@@ -362,7 +372,7 @@ def _checkpoint_to_resume(arguments: TrainArguments, output: Path) -> str | None
             before = json.loads(record.read_text(encoding="utf-8"))
             _check_same_run(before, json.loads(json.dumps(settings, default=str)), checkpoint)
     if arguments.should_save:
-        (output / RUN_FILE).write_text(json.dumps(settings, indent=2, default=str) + "\n", encoding="utf-8")
+        write_json(output / RUN_FILE, settings, default=str)  # in one step: other processes may be reading it
     return checkpoint
 
 

@@ -225,6 +225,20 @@ def check_held_out(held_out: float) -> None:
         raise ConfigurationError(f"held_out is {held_out}; it is a share of the rows, at least 0 and below 1.")
 
 
+def check_own_loss(arguments: Any) -> None:
+    """Raise `ConfigurationError` where `TrainingArguments` put another loss in the place of the model's own."""
+    if arguments.label_smoothing_factor:
+        raise ConfigurationError(
+            f"label_smoothing_factor is {arguments.label_smoothing_factor}: the Trainer would take a loss of its own, "
+            "of which the deferral head learns nothing. Leave it at 0."
+        )
+    if arguments.use_liger_kernel and (arguments.liger_kernel_config or {}).get("fused_linear_cross_entropy", True):
+        raise ConfigurationError(
+            "use_liger_kernel puts a fused cross entropy in the place of the deferral loss. Leave it out, or turn that "
+            'off with liger_kernel_config {"fused_linear_cross_entropy": false}.'
+        )
+
+
 def set_standardisation(deferral: DeferralConfig, uncertainty: Tensor) -> None:
     """Measure mean and standard deviation of uncertainty features `(N, 4)` into a `DeferralConfig`."""
     std, mean = torch.std_mean(uncertainty.double(), dim=0, correction=0)
@@ -303,6 +317,10 @@ class ZInitializationCallback(TrainerCallback):
 
     Attributes:
         result ([`ZInitialization`] or `None`): what was measured; also in `trainer.state.log_history`.
+
+    Raises:
+        ConfigurationError: an unknown `positive_weight`; at the start of training, options of [`z_initialise`] that it
+            refuses, and options of the Trainer that put another loss in the place of the model's.
     """
 
     def __init__(self, **settings: Any) -> None:
@@ -311,6 +329,7 @@ class ZInitializationCallback(TrainerCallback):
         self.result: ZInitialization | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        check_own_loss(args)
         deferral = deferral_model(kwargs["model"]).config.deferral
         if state.global_step > 0:
             logger.warning("Z-initialisation skipped: training resumes at step %d with a head.", state.global_step)

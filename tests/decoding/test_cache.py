@@ -69,6 +69,46 @@ def test_buffer_grows_beyond_the_expected_length():
         check(model, reader, texts, [0, 1], [[5, 6, 7, 8], [9, 10, 11, 12]], keep=2)
 
 
+def test_the_buffers_go_with_the_last_row():
+    model = tiny_model()
+    reader, texts = Reader(model, columns=0), {}
+    check(model, reader, texts, [0, 1], [[5] * 40, [6] * 35], keep=1)
+    reader.drop(0)
+    check(model, reader, texts, [1], [[7]], keep=1)
+    reader.drop(1)
+    assert (reader._cache.layers, reader._cache.columns) == ([], 0)
+    check(model, reader, {}, [2], [[8, 9]], keep=1)
+
+
+def test_a_row_that_is_gone_leaves_no_columns_to_new_ones():
+    model = tiny_model()
+    reader, texts = Reader(model, columns=0), {}
+    check(model, reader, texts, [0], [list(range(3, 60)) * 3], keep=1)
+    check(model, reader, texts, [0, 1], [[5], [6, 7, 8]], keep=1)  # row 1 ends where row 0 does
+    assert reader._cache.columns >= 172
+    reader.drop(0)
+    check(model, reader, texts, [2, 1, 3], [[9, 10], [11], [12, 13, 14]], keep=1)
+    assert reader._cache.columns < 80
+    for token in range(3, 9):
+        check(model, reader, texts, [1, 2, 3], [[token], [token + 1], [token + 2]], keep=1)
+
+
+def test_no_columns_are_reserved_beyond_the_models_length():
+    model = tiny_model()  # 256 positions
+    reader, texts = Reader(model, columns=0), {}
+    for size in (150, 100, 6):
+        check(model, reader, texts, [0], [[5] * size], keep=1)
+    assert reader._cache.columns == 256
+
+
+def test_a_row_begins_in_front_of_one_that_fills_its_columns():
+    model = tiny_model()
+    reader, texts = Reader(model, columns=8), {}
+    check(model, reader, texts, [0], [[5] * 8], keep=1)
+    check(model, reader, texts, [1, 0], [[6], [7]], keep=1)
+    check(model, reader, texts, [1, 0], [[8], [9]], keep=1)
+
+
 def test_a_prompt_does_not_make_short_chunks_wait():
     model = tiny_model()
     reader, texts = Reader(model, columns=128), {}

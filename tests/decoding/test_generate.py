@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import gc
 import weakref
+from itertools import pairwise
 
 import pytest
 import torch
 from transformers import GenerationConfig, StoppingCriteria
-from transformers.generation import BaseStreamer
+from transformers.generation import BaseStreamer, MaxLengthCriteria
 
 from collm.decoding.combiners import CombiningContext, proxy_tuning
 from collm.decoding.generation import SourceStreamer
@@ -204,6 +205,15 @@ def test_stopping_criteria_see_every_step(speculate):
         assert torch.equal(out.sequences[row, : width + length], free.sequences[row, : width + length])
 
 
+@both_loops
+@pytest.mark.parametrize("length", [5, 20, 30])  # within the prompts, before the config's 24, behind it
+def test_a_maximum_length_of_the_users_stands_for_that_of_the_config(length, speculate):
+    base, assistants = models("llama", 1)
+    inputs, criteria = ragged_prompts(3), [MaxLengthCriteria(length)]
+    out = generate(base, assistants, inputs, threshold=1.0, speculate=speculate, stopping_criteria=criteria)
+    assert torch.equal(out.sequences, plain(base, inputs, stopping_criteria=criteria))
+
+
 def character_tokenizer():
     """One token per character: stop strings need a tokenizer that can spell."""
     from tokenizers import Tokenizer, decoders
@@ -262,6 +272,28 @@ def test_a_processor_that_counts_rows_sees_all_of_them(speculate):
     for row, tokens in allowed.items():
         assert set(out.sequences[row, -16:].tolist()) <= set(tokens)
     assert (out.source == 1).any()
+
+
+@both_loops
+def test_a_prefix_function_is_asked_about_beginnings_that_occur(speculate):
+    base, assistants = models("llama", 1)
+    inputs = ragged_prompts(3)
+    width = inputs["input_ids"].shape[1]
+
+    def allowed(row, ids):  # row r writes tokens of its own ten, each one to four above the last; else nothing follows
+        digits = [token - 10 * (row + 1) for token in ids[width:].tolist()]
+        known = all(0 <= digit < 10 for digit in digits)
+        known = known and all((b - a) % 10 in range(1, 5) for a, b in pairwise(digits))
+        following = [(digits[-1] + more) % 10 for more in range(1, 5)] if digits else range(10)
+        return [10 * (row + 1) + digit for digit in following] if known else []
+
+    options = {"speculate": speculate, "prefix_allowed_tokens_fn": allowed}
+    mixed = generate(base, assistants, inputs, **options)
+    assert all(allowed(row, ids) for row, ids in enumerate(mixed.sequences))
+    assert set(mixed.source.flatten().tolist()) == {0, 1}
+    for model, threshold in ((base, 1.0), (assistants[0], -1.0)):
+        out = generate(base, assistants, inputs, threshold=threshold, **options)
+        assert torch.equal(out.sequences, plain(model, inputs, prefix_allowed_tokens_fn=allowed))
 
 
 # -- assistants --------------------------------------------------------------------------------------------------------
@@ -392,6 +424,8 @@ def learned_again(context):
         ({"threshold": 0.5, "deferral_rate": 0.2}, ConfigurationError, "Pass one of them"),
         ({"deferral_rate": 0.2}, CalibrationError, "collm calibrate"),
         ({"deferral_rate": 1.0, "router": "ema"}, CalibrationError, "learned router; pass threshold="),
+        ({"deferral_rate": 1.0, "router": "entropy:cut=0.5"}, CalibrationError, "or the router's own cut"),
+        ({"deferral_rate": 1.0, "router": "always"}, CalibrationError, "measured with the learned router"),
         ({"deferral_rate": 1.0, "router": learned_again}, CalibrationError, "learned router; pass threshold="),
         ({"router": "lerned"}, ConfigurationError, 'Did you mean "learned"'),
         ({"router": "entropy"}, ConfigurationError, "needs cut"),

@@ -108,6 +108,18 @@ def test_a_request_that_fails_takes_no_other_with_it(caplog):
     assert "RuntimeError: out of memory" in (logged.exc_text or "")  # the log has the traceback
 
 
+def test_a_session_keeps_its_own_logits_alone():
+    engine = TransformersEngine(tiny_model(), "a")
+
+    async def together():
+        sessions = [engine.open(PROMPT, Sampling()) for _ in range(4)]
+        await asyncio.gather(*(decoded(session, 2) for session in sessions))
+        return [session._seen[0].untyped_storage().nbytes() for session in sessions]
+
+    assert asyncio.run(together()) == [VOCAB_SIZE * 4] * 4
+    assert engine.reader.calls == 2
+
+
 async def decoded(session, count) -> list[int]:
     return [token async for piece in session.decode(count) for token in piece.token_ids]
 
@@ -322,6 +334,19 @@ def test_error_policy_raises_and_fallback_policy_goes_on_with_the_base(error, mo
     before = [t for w in written[:at] for t in w.token_ids]
     expected = oracle(base, helpers, [*PROMPT, *before], 20 - len(before), 1.0)
     assert tokens[len(before) :] == expected.tokens
+
+
+def test_a_token_that_the_base_does_not_know_is_a_failure_of_the_assistant():
+    base, _, base_engine, _ = engines()
+    wide = TransformersEngine(tiny_model(seed=1, vocab_size=VOCAB_SIZE + 8), "wide")
+    request = Request(PROMPT, 8, -1.0, sampling=Sampling(logit_bias={VOCAB_SIZE: 1000.0}))
+    heard = []
+    with pytest.raises(AssistantError, match="token id 64; the base knows 0 to 63"):
+        asyncio.run(collect(request, base_engine, [wide], observe=heard.append))
+    request.on_assistant_error = "fallback"
+    tokens, source, _, _ = asyncio.run(collect(request, base_engine, [wide], observe=heard.append))
+    assert (tokens, source) == (oracle(base, [], PROMPT, 8, 1.0).tokens, [0] * 8)
+    assert [(asked.asked, type(asked.error)) for asked in heard] == [(True, AssistantError)] * 2
 
 
 def test_an_assistant_that_does_not_answer_in_time_is_given_up():

@@ -11,7 +11,7 @@ from collm.engines.http import HTTPEngine
 from collm.engines.session import Sampling
 from collm.engines.transformers import TransformersEngine
 from collm.errors import AssistantError, AssistantRefusal
-from tests.conftest import tiny_collm, tiny_tokenizer
+from tests.conftest import VOCAB_SIZE, tiny_collm, tiny_tokenizer
 from tests.engines.oracle import oracle
 from tests.serving.running import running
 
@@ -75,6 +75,20 @@ def test_text_has_no_beginning_of_its_own_and_no_half_characters():
     with pytest.raises(AssistantRefusal, match="ends within a character"):
         asyncio.run(write(whole[:2]))
     assert prompts == ["é?", "é?"]
+
+
+@pytest.mark.parametrize("answered", [VOCAB_SIZE, -1, True])
+def test_an_answer_that_is_no_token_id_is_an_assistant_error(answered):
+    helper, base = HTTPEngine("http://nowhere", tiny_tokenizer()), tiny_collm(seed=5)
+
+    async def complete(body):
+        return {"token_ids": [answered]}
+
+    helper.complete = complete
+    with pytest.raises(AssistantError, match=f"token.id.*{answered}"):
+        asyncio.run(collect(base, helper))
+    tokens, source = asyncio.run(collect(base, helper, on_assistant_error="fallback"))
+    assert (tokens, source) == (oracle(base, [], [5, 9, 23], 16, 1.0).tokens, [0] * 16)
 
 
 def test_sampling_travels_with_its_seed():

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 
 import pytest
@@ -192,11 +193,12 @@ def test_perplexity_is_of_the_answers_to_what_eval_asks(folder, tmp_path, templa
     if template:
         turns = [{"role": role, "content": content} for role, content in (("user", "w1"), ("assistant", "w2"))]
         (tmp_path / "d.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
-        (tmp_path / "e.jsonl").write_text('{"prompt": "w1 w2", "completion": "w3"}\n')
+        (tmp_path / "e.jsonl").write_text('{"prompt": "w1 w2", "completion": " w3"}\n')
         files |= {str(tmp_path / name): None for name in ("d.jsonl", "e.jsonl")}
     for path, task in files.items():
-        for instruction in (None, "w4 w5"):
-            data = DataOptions(data=path, task=task, instruction=instruction, system_prompt=system_prompt)
+        for instruction, raw in itertools.product((None, "w4 w5"), {False, path.endswith("e.jsonl")}):
+            system = None if raw else system_prompt
+            data = DataOptions(data=path, task=task, instruction=instruction, system_prompt=system, raw=raw)
             references = _references(data, tokenizer)
             for problem, (ids, labels) in zip(data.problems(tokenizer), references, strict=True):
                 assert ids[: len(problem.prompt_ids)] == problem.prompt_ids
@@ -258,6 +260,46 @@ def test_engines_write_what_generate_writes(folder, tmp_path, capsys, options):
         where = ["--engine", engine, "--limit", "6", "--output", str(tmp_path / engine)]
         assert run(folder, "eval", *options, *where, "--dtype", "float32") == 0
     assert texts_of(tmp_path / "transformers") == texts_of(tmp_path / "sessions")
+
+
+@pytest.mark.parametrize("engine", ["transformers", "sessions"])
+def test_the_assistant_alone_gets_the_bases_prompts_and_ends_as_it_learned_to(folder, tmp_path, capsys, engine):
+    base, assistant, tokenizer = tiny_tokenizer(), tiny_model(seed=5), tiny_tokenizer()
+    row = json.loads((folder / "data.jsonl").read_text().splitlines()[0])
+    inputs = base.apply_chat_template(
+        [{"role": "user", "content": row["question"]}], add_generation_prompt=True, return_tensors="pt"
+    )
+    ids = inputs["input_ids"] if not torch.is_tensor(inputs) else inputs
+    free = assistant.generate(ids, max_new_tokens=16, do_sample=False)[0, ids.shape[1] :].tolist()
+    assistant.generation_config.eos_token_id = free[5]
+    save_plain(assistant, tmp_path / "big")
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(tmp_path / "big")
+    where = ["--engine", engine, "--limit", "1", "--output", str(tmp_path / "o"), "--dtype", "float32"]
+    options = ["--assistant", str(tmp_path / "big"), "--alone", "assistant"]
+    assert main(["eval", str(folder / "base"), "--data", str(folder / "data.jsonl"), "--task", "gsm8k",
+                 "--max-new-tokens", "16", *options, *where]) == 0  # fmt: skip
+    [(written, _, truncated)] = texts_of(tmp_path / "o")
+    assert written == free[: free.index(free[5]) + 1]
+    assert not truncated
+
+
+@pytest.mark.parametrize("engine", ["transformers", "sessions"])
+def test_an_answer_ends_where_a_model_reads_no_further(folder, tmp_path, capsys, engine):
+    save_plain(tiny_model(seed=5, max_position_embeddings=40), tmp_path / "big")
+    rows = [{"prompt": " ".join(f"w{i + 3}" for i in range(n)), "answer": "1"} for n in (8, 25, 28)]
+
+    def evaluate(*options):
+        (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        command = ["eval", str(folder / "base"), "--assistant", str(tmp_path / "big"), "--engine", engine]
+        data = ["--data", str(tmp_path / "data.jsonl"), "--metric", "exact_match", "--max-new-tokens", "16"]
+        return main([*command, *data, "--threshold", "0.5", "--raw", "--output", str(tmp_path / "o"), *options])
+
+    assert evaluate() == 0
+    assert [len(ids) for ids, *_ in texts_of(tmp_path / "o")] == [16, 15, 12]
+    rows.append({"prompt": "w1 " * 40, "answer": "1"})
+    assert evaluate("--first", "3", "--output", str(tmp_path / "p")) == 2
+    assert "its prompt has 40 tokens, and the models read 40 at most" in capsys.readouterr().err
 
 
 def test_calibration_through_engines(folder, tmp_path, capsys):

@@ -28,6 +28,13 @@ def gsm8k_accuracy(text: str, truncated: bool = False) -> float:
         "The answer is 18. It took 5 steps",
         "Answer: $18",
         "**Final answer: 18**",
+        "**Final answer**: 18",
+        "He has 2. Answer: 18",
+        "The answer is $\\boxed{18}$ dollars for 2 days.",
+        "The final answer is \\boxed{\\frac{36}{2}}.",
+        "The answer is 18 dollars for 2 days.",
+        "The answer is 3 * 6 = 18 in 2 days.",
+        "To find the answer: multiply 3 by 6.\n3 * 6 = 18",
         "In total she has 18.",
         "In total she makes $18 every day.",
     ],
@@ -44,6 +51,7 @@ def test_gsm8k_reads_the_answer(text):
         "18\n#### 2. Next step\n7",
         "\\boxed{180}",
         "She has 18 of 20.",
+        "The answer is \\boxed{1} after 18",
         "",
         "no number",
         "-18",
@@ -87,6 +95,9 @@ def test_gsm8k_refuses_a_reference_without_a_number(row):
         ("\\text{Evelyn}", "Evelyn", True),
         ("50\\%", "50", True),
         ("10{,}000", "10000", True),
+        ("\\$1,200.50", "1{,}200.5", True),
+        ("12 \\text{ cm}", "12", True),
+        ("5 \\text{ or } 6", "56", False),
     ],
 )
 def test_same_answer(gold, answer, same):
@@ -100,6 +111,10 @@ def test_math_takes_the_reference_from_the_solution():
     assert math(row, "Hence it is $\\frac{14}{3}$").values["accuracy"] == 1.0
     assert math(row, "**Final Answer: 14/3**").answer == math(row, "Answer: __14/3.__").answer == "14/3"
     assert math({"answer": "0.5"}, "The answer is **.5**.").values["accuracy"] == 1.0
+    assert math({"answer": "12"}, "The answer is 12. We used x = 3.").answer == "12"
+    assert math({"answer": "12"}, "The answer is $12$, as $x = 3$.").answer == "12"
+    assert math({"answer": "12"}, "Answer: \\(12\\) and no more").answer == "12"
+    assert math({"answer": "18"}, "The answer is $18 and not $20.").answer == "$18 and not $20"
     cut = math(row, "Hence $\\frac{14}{3}$ plus", truncated=True)
     assert cut.answer is None
     assert cut.values["accuracy"] == 0.0
@@ -167,6 +182,12 @@ def test_items():
     assert items("1) a b.\n2) c\n\nrest") == ["a b", "c"]
     assert items("one line, with commas") == ["one line, with commas"]
     assert items("") == []
+    assert items("- a\n\n- b\nrest") == ["a", "b"]
+    assert items("These are:\n\n* a\n* b\n\nrest", several=True) == ["a", "b"]
+    assert items("a b\nc.\nd\n\nrest of it", several=True) == ["a b", "c", "d"]
+    explained = "\nThese are all that anybody has found so far in any of the studies."
+    assert items("a, b and c" + explained, several=True) == ["a", "b", "c"]
+    assert items("a\nb" + explained, several=True) == ["a", "b"]
 
 
 def test_unknown_metric_names_the_closest():
@@ -174,6 +195,13 @@ def test_unknown_metric_names_the_closest():
         get_metric("gsm8")
     with pytest.raises(ConfigurationError, match="cannot be imported"):
         get_metric("no_such_module_here:f")
+
+
+def test_a_metric_says_at_once_what_is_not_installed(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for name, package in (("gsm8k", "math-verify"), ("math", "math-verify"), ("bioasq", "rouge-score")):
+        with pytest.raises(ConfigurationError, match=rf"{package} is not installed: pip install 'collm\[eval\]'"):
+            get_metric(name)
 
 
 def test_user_metric(tmp_path, monkeypatch):

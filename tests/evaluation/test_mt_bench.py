@@ -57,3 +57,8 @@ def test_other_files_are_refused(tmp_path, capsys):
     command = ["eval", str(tmp_path / "base"), "--assistant", str(tmp_path / "big"), "--task", "mt_bench"]
     assert main([*command, "--data", str(tmp_path / "d.jsonl"), "--output", str(tmp_path / "o")]) == 2
     assert "it has no category, question_id" in capsys.readouterr().err
+    (tmp_path / "d.jsonl").write_text(json.dumps(QUESTIONS[0]) + "\n")
+    (tmp_path / "refuses.jinja").write_text("{{ raise_exception('no system messages') }}")
+    command += ["--data", str(tmp_path / "d.jsonl"), "--chat-template", str(tmp_path / "refuses.jinja")]
+    assert main([*command, "--output", str(tmp_path / "o")]) == 2
+    assert "the chat template refuses a question" in capsys.readouterr().err

@@ -7,6 +7,7 @@ from conftest import tiny_collm, tiny_model
 from collm.errors import ConfigurationError, DataFormatError
 from collm.evaluation.generations import Generation, GenerationStore
 from collm.evaluation.metrics import Score, get_metric
+from collm.evaluation.options import DataOptions
 from collm.evaluation.runner import (
     ModelWriter,
     check_references,
@@ -30,8 +31,18 @@ def test_prompts_are_those_of_training(tokenizer, template):
     rows = [{"question": "1 + 2 =", "answer": "3 # 3"}, {"question": "w1 w2 ?", "answer": "w3"}]
     formatted, _ = format_rows(Dataset.from_list(rows), tokenizer, "gsm8k")
     for problem, row in zip(make_problems(rows, tokenizer, "gsm8k"), formatted, strict=True):
-        first = next(t for t, label in enumerate(row["labels"]) if label != -100)
-        assert problem.prompt_ids == row["input_ids"][:first]
+        assert problem.prompt_ids == _context(row)
+    rows = [{"prompt": "1 + 2", "completion": " = 3"}]  # strings as they are only where asked for
+    [row] = format_rows(Dataset.from_list(rows), tokenizer)[0]
+    [problem] = make_problems(rows, tokenizer, raw=True)
+    assert problem.prompt_ids == _context(row)
+    assert (problem.prompt_ids == make_problems(rows, tokenizer)[0].prompt_ids) != template
+    with pytest.raises(ConfigurationError, match="--raw is for rows of prompt strings"):
+        DataOptions("data.jsonl", task="gsm8k", raw=True).rows()
+
+
+def _context(row):
+    return row["input_ids"][: next(t for t, label in enumerate(row["labels"]) if label != -100)]
 
 
 def test_prompts_without_a_chat_template(tokenizer):

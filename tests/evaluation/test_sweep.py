@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -90,6 +92,7 @@ def test_proxy_tuning_needs_its_third_model(sweep):
     sweep.untuned = tiny_model(seed=9)
     [point] = sweep.points("proxy_tuning", [])
     assert point["rate"] == 1
+    assert point["active_parameters"] == sum(sweep.team.parameters) + num_parameters(sweep.untuned)
     with pytest.raises(ConfigurationError, match='Did you mean "entropy"'):
         sweep.points("entropi", [])
 
@@ -104,6 +107,35 @@ def test_other_problems_calibrate(sweep):
     ]
     [point] = sweep.points("learned", [0.5])
     assert point["asked_rate"] == 0.5
+
+
+def test_a_table_is_used_for_the_rates_that_it_has(sweep):
+    sweep.team.model.config.deferral.calibration = [{"rate": 0.5, "threshold": 0.4}, {"rate": 0.6, "threshold": 0.3}]
+    chosen = sweep.thresholds(sweep.trajectory("learned"), [0.2, 0.5])
+    assert chosen[0.5] == 0.4
+    assert chosen[0.2] > 0.4
+
+
+@pytest.mark.parametrize("tolerance", [0.01, 0.0])  # without any, no rate is held, and a second try would try on
+def test_texts_are_used_again_when_rates_are_added(sweep, tolerance, monkeypatch):
+    sweep.tolerance = tolerance
+    [before] = sweep.points("entropy", [0.3])
+    again = replace(sweep)
+    added, same = again.points("entropy", [0.1, 0.3])
+    assert same == before
+    assert added["rate"] < same["rate"]
+    monkeypatch.setattr(ModelWriter, "write", lambda *_: (none for none in ()))
+    assert replace(sweep).points("entropy", [0.1, 0.3]) == [added, same]
+
+
+def test_a_rate_that_cannot_be_had_is_that_of_the_nearest_run(sweep, monkeypatch):
+    rows = [{"rate": 0.0, "threshold": math.inf}, {"rate": 0.3, "threshold": 0.4}]  # where many scores are tied
+    (sweep.folder / "calibration").mkdir()
+    monkeypatch.setattr("collm.evaluation.sweep.calibrate_rates", lambda *_, **__: (rows, []))
+    never, nearest = sweep.points("entropy", [0.1, 0.25])
+    assert never["rate"] == 0
+    assert sweep.thresholds(sweep.trajectory("entropy"), [0.1, 0.25]) == {0.1: math.inf, 0.25: 0.4}
+    assert nearest["rate"] > 0
 
 
 def test_comparison_is_by_the_asked_rate():

@@ -386,6 +386,24 @@ def test_a_users_mistake_about_a_remote_assistant_does_not_shut_it_off():
             assert all("secret" not in page and "127.0.0.1" in page for page in pages)
 
 
+def test_an_assistant_with_token_ids_that_the_base_lacks_falls_back_or_is_502_and_is_shut_off():
+    helper = HTTPEngine("http://127.0.0.1:1", tiny_tokenizer())
+
+    async def complete(body):
+        return {"token_ids": [152000]}
+
+    helper.complete = complete
+    with running(helpers=[helper]) as server:
+        completions = server.url + "/v1/completions"
+        body = {"model": "tiny@-1", "prompt": [5, 6], "max_tokens": 3, "temperature": 0}
+        alone = httpx.post(completions, json={**body, "on_assistant_error": "fallback"})
+        assert alone.is_success
+        for _ in range(2):
+            failed = httpx.post(completions, json=body)
+            assert (failed.status_code, "token id 152000" in failed.text) == (502, True)
+        assert server.service.breakers[0].is_open
+
+
 def test_health_does_not_wait_for_a_slow_assistant():
     class Hanging(TransformersEngine):
         asked = 0

@@ -109,6 +109,15 @@ def test_a_run_goes_on_with_its_own_model_and_data_alone(run, tmp_path, caplog, 
     assert "differ from those of the interrupted run: data, data_fingerprint, features, lr_sch" in caplog.text
 
 
+def test_who_reads_the_record_of_a_run_while_it_is_replaced_sees_the_old_one(run, tmp_path):
+    training._checkpoint_to_resume(TrainArguments(**options(run, tmp_path)), tmp_path)
+    before = (tmp_path / "collm_run.json").read_text()
+    with open(tmp_path / "collm_run.json", encoding="utf-8") as reader:
+        training._checkpoint_to_resume(TrainArguments(**options(run, tmp_path, seed=3)), tmp_path)
+        assert reader.read() == before
+    assert json.loads((tmp_path / "collm_run.json").read_text())["seed"] == 3
+
+
 def test_half_written_checkpoints_are_passed_over(tmp_path):
     for step, state in ((2, "{}"), (4, '{"global_st'), (6, None), (10, None)):
         folder = tmp_path / f"checkpoint-{step}"

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import save_plain
-from helpers import make_run
-from transformers import AutoModelForCausalLM
+from conftest import save_plain, tiny_collm
+from helpers import make_run, scored_rows
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from collm import CoLLMForCausalLM
 from collm.cli import main
@@ -20,7 +20,9 @@ from collm.data.collator import DataCollatorForCoLLM
 from collm.data.scoring import load_scored
 from collm.errors import CheckpointError, ConfigurationError, DataFormatError, ScoreMismatchError
 from collm.training.arguments import TrainArguments
+from collm.training.callbacks import DeferralLoggingCallback
 from collm.training.train import load_model, merge_adapter, train
+from collm.training.zinit import ZInitializationCallback
 
 
 @pytest.fixture(scope="module")
@@ -299,6 +301,8 @@ def test_wrong_options_are_refused_before_any_work(run, tmp_path):
         ({"mode": "head", "z_positive_weight": "sqrt-balanced"}, 'Did you mean "sqrt_balanced"'),
         ({"mode": "head", "eval_data": "scored"}, "leave eval_data away"),
         ({"dtype": "float31"}, 'Did you mean "float32"'),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor is 0.1: .* Leave it at 0"),
+        ({"use_liger_kernel": True}, "in the place of the deferral loss. Leave it out, or turn that off"),
         ({"attn_implementation": "flash_atention_2"}, "cannot be loaded like this.*flash_atention_2"),
         ({"mode": "lora", "lora_target_modules": ["foo"]}, r"cannot get adapters on \['foo'\]"),
         ({"resume_from_checkpoint": "/nope"}, "which is no complete checkpoint"),
@@ -308,6 +312,32 @@ def test_wrong_values_are_said_without_a_traceback(run, tmp_path, capsys, option
     path = write_yaml(tmp_path / "run.yaml", settings(run, tmp_path / "out", **options, report_to="none"))
     assert main(["train", path]) == 2
     assert re.search(message, capsys.readouterr().err.replace("\n", " "))
+
+
+def test_other_losses_go_with_plain_fine_tuning_and_other_kernels_with_deferral(run, tmp_path):
+    TrainArguments(**settings(run, tmp_path, objective="sft", label_smoothing_factor=0.1, use_liger_kernel=True))
+    kernels = {"fused_linear_cross_entropy": False}
+    TrainArguments(**settings(run, tmp_path, use_liger_kernel=True, liger_kernel_config=kernels))
+
+
+@pytest.mark.parametrize("callback", [DeferralLoggingCallback, ZInitializationCallback])
+def test_another_loss_than_the_models_stops_a_stock_trainer(tmp_path, callback):
+    smooth = TrainingArguments(str(tmp_path), label_smoothing_factor=0.1, use_cpu=True, report_to=[])
+    model = tiny_collm()
+    trainer = Trainer(model, smooth, train_dataset=scored_rows(8), data_collator=DataCollatorForCoLLM(),
+                      callbacks=[callback()])  # fmt: skip
+    with pytest.raises(ConfigurationError, match=r"label_smoothing_factor is 0\.1"):
+        trainer.train()
+    fused = TrainingArguments(str(tmp_path), use_liger_kernel=True, use_cpu=True, report_to=[])
+    with pytest.raises(ConfigurationError, match="use_liger_kernel puts"):
+        callback().on_train_begin(fused, trainer.state, trainer.control, model=model)
+
+
+def test_a_head_is_not_trained_into_a_folder_with_other_weights(run, tmp_path):
+    folder = shutil.copytree(run["model"], tmp_path / "out")
+    with pytest.raises(CheckpointError, match=r"holds other weights \(model\.safetensors\)"):
+        trained(run, folder, mode="head")
+    assert "deferral" not in json.loads((folder / "config.json").read_text())
 
 
 def test_attention_that_is_not_installed_is_said_without_a_traceback(run, tmp_path):
