@@ -168,6 +168,12 @@ def _load_full(
 
 
 def _load_head_only(name: str, config: PreTrainedConfig, hub: dict[str, Any], kwargs: dict[str, Any]) -> Any:
+    for file in ("model.safetensors", INDEX_FILE):
+        if _find(name, file, hub):
+            raise CheckpointError(
+                f'"{name}" holds a head alone ({HEAD_FILE}) and full weights ({file}), which may have another head: '
+                "remove the one that is not meant."
+            )
     model = _load_base_of(name, config, hub, kwargs)
     try:
         model.deferral_head.load_state_dict(load_file(str(_find(name, HEAD_FILE, hub))))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -365,6 +366,15 @@ def test_full_weights_saved_over_another_form_are_what_is_loaded(form, base, ada
     assert_same_outputs(model, CoLLMForCausalLM.from_pretrained(folder))
     assert not is_head_only(str(folder))
     assert not link_full_checkpoint(str(folder), tmp_path)
+
+
+def test_a_folder_of_two_forms_is_refused(base, tmp_path):
+    model = randomise_head(CoLLMForCausalLM.from_pretrained(base))
+    save_head_only(model, tmp_path / "head")
+    model.save_pretrained(tmp_path / "full")
+    shutil.copy(tmp_path / "full" / "model.safetensors", tmp_path / "head")  # as a download over an older one leaves it
+    with pytest.raises(CheckpointError, match="remove the one that is not meant"):
+        CoLLMForCausalLM.from_pretrained(tmp_path / "head")
 
 
 def test_adapters_that_a_model_carries_are_kept(base, tmp_path):
