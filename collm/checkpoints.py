@@ -73,9 +73,9 @@ def load_deferral_checkpoint(
     with _checkpoint_errors(name):
         if defer_row is not None:
             model = _load_paper_checkpoint(name, base_class, config, defer_row, kwargs)
-        elif trained and _find(name, ADAPTER_FILE, hub):
+        elif trained and _is_only(ADAPTER_FILE, name, hub):
             model = _load_adapter(name, config, hub, kwargs)
-        elif trained and _find(name, HEAD_FILE, hub):
+        elif trained and _is_only(HEAD_FILE, name, hub):
             model = _load_head_only(name, config, hub, kwargs)
         else:
             model, info = _load_full(name, base_class, config, trained, args, kwargs)
@@ -168,12 +168,6 @@ def _load_full(
 
 
 def _load_head_only(name: str, config: PreTrainedConfig, hub: dict[str, Any], kwargs: dict[str, Any]) -> Any:
-    for file in ("model.safetensors", INDEX_FILE):
-        if _find(name, file, hub):
-            raise CheckpointError(
-                f'"{name}" holds a head alone ({HEAD_FILE}) and full weights ({file}), which may have another head: '
-                "remove the one that is not meant."
-            )
     model = _load_base_of(name, config, hub, kwargs)
     try:
         model.deferral_head.load_state_dict(load_file(str(_find(name, HEAD_FILE, hub))))
@@ -257,6 +251,22 @@ def _paper_defer_row(name: str, hub: dict[str, Any]) -> int | None:
     return None
 
 
+def _is_only(file: str, name: str, hub: dict[str, Any]) -> bool:
+    """Whether a checkpoint has this form, known by `file`.
+
+    Raises:
+        CheckpointError: it has another one, too: there is no telling which was written last.
+    """
+    if not _find(name, file, hub):
+        return False
+    for other in (HEAD_FILE, ADAPTER_FILE, "model.safetensors", INDEX_FILE):
+        if other != file and _find(name, other, hub):
+            raise CheckpointError(
+                f'"{name}" holds two checkpoints, {file} and {other}: remove the one that is not meant.'
+            )
+    return True
+
+
 def _find(name: str, file: str, hub: dict[str, Any]) -> str | None:
     if os.path.isdir(name):
         path = Path(name, hub.get("subfolder") or "", file)
@@ -331,8 +341,12 @@ def _files(folder: str | os.PathLike[str], *patterns: str) -> list[Path]:
 
 
 def is_head_only(name: str) -> bool:
-    """Whether a deferral checkpoint holds a head alone: its weights are those of `deferral.base_model`."""
-    return not _find(name, ADAPTER_FILE, {}) and _find(name, HEAD_FILE, {}) is not None
+    """Whether a deferral checkpoint holds a head alone: its weights are those of `deferral.base_model`.
+
+    Raises:
+        CheckpointError: it holds another form, too.
+    """
+    return _is_only(HEAD_FILE, name, {})
 
 
 def check_base_untrained(name: str) -> None:
@@ -363,12 +377,14 @@ def link_full_checkpoint(name: str, folder: str | os.PathLike[str]) -> bool:
         `bool`: whether `name` is head-only; if not, nothing is written.
 
     Raises:
-        CheckpointError: an adapter, or a head whose base is no plain safetensors checkpoint.
+        CheckpointError: an adapter, a head whose base is no plain safetensors checkpoint, or two forms in one folder.
     """
-    adapter, head = _find(name, ADAPTER_FILE, {}), _find(name, HEAD_FILE, {})
-    deferral = getattr(read_config(name, {})[0], "deferral", None) if adapter or head else None
+    if not (_find(name, ADAPTER_FILE, {}) or _find(name, HEAD_FILE, {})):
+        return False
+    deferral = getattr(read_config(name, {})[0], "deferral", None)
     if deferral is None:
         return False
+    head = not _is_only(ADAPTER_FILE, name, {}) and is_head_only(name)
     base = DeferralConfig.from_any(deferral).base_model or ""
     files = sorted(_whole(base).iterdir()) if head and base else []
     weights = [file for file in files if file.suffix == ".safetensors"]
@@ -382,7 +398,7 @@ def link_full_checkpoint(name: str, folder: str | os.PathLike[str]) -> bool:
             (folder / file.name).unlink(missing_ok=True)
             (folder / file.name).symlink_to(file.resolve())
 
-    state = {f"deferral_head.{key}": value for key, value in load_file(str(head)).items()}
+    state = {f"deferral_head.{key}": value for key, value in load_file(str(_find(name, HEAD_FILE, {}))).items()}
     places = dict.fromkeys(state, f"linked-{HEAD_FILE}")
     save_file(state, folder / f"linked-{HEAD_FILE}", metadata={"format": "pt"})
     for file in weights:  # not by their own names: a `model.safetensors` would be taken for everything

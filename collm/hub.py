@@ -2,7 +2,7 @@
 
 A push uploads the files of a checkpoint by name (weights as safetensors, configs, tokenizer, card) and nothing else
 that lies in the folder: no optimiser state, no pickles, no logs. Paths of the machine it was trained on stay there.
-Weights that the repository has in another form or other shards are deleted in the same commit.
+Full weights take the place of what the repository has in another form or in other shards.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
@@ -65,8 +65,9 @@ def push_checkpoint(
         `str`: URL of the commit.
 
     Raises:
-        CheckpointError: no checkpoint there, weights that are no safetensors, a base that only this machine knows or
-            that is `repo_id` itself, a head alone of a base that was trained, or no results where there should be some.
+        CheckpointError: no checkpoint there, weights that are no safetensors, a base that only this machine knows, a
+            head alone of a base that was trained, a head or an adapter where the repository holds other weights, or no
+            results where there should be some.
         HubError: the Hub refuses (401, 403, 404, ...), cannot be reached, or a file holds an access token.
     """
     from huggingface_hub import HfApi
@@ -81,13 +82,8 @@ def push_checkpoint(
         with hub_errors(repo_id):
             api = HfApi(token=token)
             repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-            base = json.loads(files["config.json"].read_text(encoding="utf-8"))["deferral"].get("base_model")
-            if repo_id == base and not any(name.startswith("model") for name in files):
-                raise CheckpointError(
-                    f'"{repo_id}" is the base: what is trained on top would take the place of its weights. '
-                    "Take another repository."
-                )
             if not _is_written_by_hand(repo_id, token):
+                base = json.loads(files["config.json"].read_text(encoding="utf-8"))["deferral"].get("base_model")
                 license = license or _license_of(base, token)
                 card = model_card(files, repo_id, training, records, license)
                 files["README.md"] = Path(staged, "README.md")
@@ -116,19 +112,22 @@ def upload_saved(
 
     Returns:
         `CommitInfo`, as in transformers.
+
+    Raises:
+        CheckpointError: adapters, where the repository holds other weights.
     """
     from huggingface_hub import HfApi
 
+    new = {p.name for p in folder.iterdir() if p.is_file() and p.stat().st_mtime > files_timestamps.get(p.name, 0)}
     files = _stage(folder, folder, head_only=False, base_model=None)
+    files = {name: path for name, path in files.items() if name in new or not _is_of(FULL_FILES, name)}
     readme = folder / "README.md"
     if not readme.is_file() or _is_generated(readme.read_text(encoding="utf-8")):
         base = json.loads(files["config.json"].read_text(encoding="utf-8"))["deferral"].get("base_model")
         readme.write_text(model_card(files, repo_id, license=_license_of(base, token)), encoding="utf-8")
     files["README.md"] = readme
     refuse_secrets(files.values(), token)
-    for path in folder.iterdir():
-        if path.is_file() and path.stat().st_mtime > files_timestamps.get(path.name, 0):
-            files[path.name] = path
+    files |= {name: folder / name for name in new}
     return _commit(HfApi(token=token), repo_id, files, **options)
 
 
@@ -142,16 +141,25 @@ def _commit(
     revision: str | None = None,
     create_pr: bool = False,
 ) -> Any:
-    """Upload a checkpoint's files and, in the same commit, delete weights that would be loaded instead of them."""
+    """Upload a checkpoint's files; full weights take the place of what the repository holds, in the same commit."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+    from huggingface_hub.errors import HfHubHTTPError
 
     if revision and not revision.startswith("refs/pr"):
-        api.create_branch(repo_id, branch=revision, exist_ok=True)
-    stale = [
-        name
-        for name in (entry.path for entry in api.list_repo_tree(repo_id, revision=revision))
-        if name not in files and any(fnmatch(name, form) for form in (*FULL_FILES, HEAD_FILE, *ADAPTER_FILES))
-    ]
+        try:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        except HfHubHTTPError as error:
+            if not (create_pr and error.response.status_code == 403):  # who may not write may still propose
+                raise
+    there = [entry.path for entry in api.list_repo_tree(repo_id, revision=revision)]
+    stale = [name for name in there if name not in files and _is_of((*FULL_FILES, HEAD_FILE, *ADAPTER_FILES), name)]
+    if not any(_is_of(FULL_FILES, name) for name in files):
+        if stale and not {HEAD_FILE, ADAPTER_FILE}.isdisjoint(files):
+            raise CheckpointError(
+                f'"{repo_id}" holds other weights ({stale[0]}), and a head or an adapter does not go beside them. '
+                f"Take another repository, or remove them first: hf repos delete-files {repo_id} {stale[0]}"
+            )
+        stale = []  # a variant of the weights, which lies beside them
     operations = [
         *(CommitOperationAdd(name, str(path)) for name, path in sorted(files.items())),
         *(CommitOperationDelete(name) for name in stale),
@@ -160,6 +168,10 @@ def _commit(
         repo_id, operations, commit_message=commit_message or "Upload deferral checkpoint",
         commit_description=commit_description, revision=revision, create_pr=create_pr,
     )  # fmt: skip
+
+
+def _is_of(forms: Iterable[str], name: str) -> bool:
+    return any(fnmatch(name, form) for form in forms)
 
 
 # ------------------------------------------------------------------------------------------------ what is uploaded

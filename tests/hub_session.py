@@ -41,9 +41,11 @@ def main(folder: Path) -> dict:
 
     def same(model, other) -> bool:
         """Whether all weights are bit-identical and the settings equal."""
+        return same_weights(model, other) and model.config.deferral == other.config.deferral
+
+    def same_weights(model, other) -> bool:
         states = model.state_dict(), other.state_dict()
-        equal = states[0].keys() == states[1].keys() and all(torch.equal(states[1][n], w) for n, w in states[0].items())
-        return equal and model.config.deferral == other.config.deferral
+        return states[0].keys() == states[1].keys() and all(torch.equal(states[1][n], w) for n, w in states[0].items())
 
     def outputs(model) -> list:
         with torch.no_grad():
@@ -157,15 +159,17 @@ def main(folder: Path) -> dict:
         ("head", model, lambda: model.push_to_hub("me/forms", head_only=True)),
         ("shards", merged, lambda: merged.push_to_hub("me/forms", max_shard_size="20KB")),
         ("full", model, lambda: model.push_to_hub("me/forms")),
-        ("lora", merged, lambda: collm.hub.push_checkpoint(lora, "me/forms")),
-        ("saved", model, lambda: model.save_pretrained(folder / "forms", push_to_hub=True, repo_id="me/forms")),
-        ("again", model, lambda: model.push_to_hub("me/forms", head_only=True)),
-    ]
+        ("saved", merged, lambda: merged.save_pretrained(folder / "forms", push_to_hub=True, repo_id="me/forms")),
+        ("again", model, lambda: model.save_pretrained(
+            folder / "forms", max_shard_size="20KB", push_to_hub=True, repo_id="me/forms")),
+    ]  # fmt: skip
     result["forms"] = {}
     for name, pushed, push in pushes:
         push()
         kept = sorted(file for file in hub.files("me/forms") if "safetensors" in file or file.startswith("adapter"))
-        result["forms"][name] = [outputs(CoLLMForCausalLM.from_pretrained("me/forms")) == outputs(pushed), kept]
+        result["forms"][name] = [same_weights(CoLLMForCausalLM.from_pretrained("me/forms"), pushed), kept]
+    result["head over full"] = error(lambda: model.push_to_hub("me/forms", head_only=True))
+    result["lora over full"] = error(lambda: collm.hub.push_checkpoint(lora, "me/forms"))
     result["own base"] = error(lambda: model.push_to_hub("org/base", head_only=True))
 
     # The head of a full checkpoint, from the command line; its base has no name until one is given.

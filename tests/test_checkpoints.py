@@ -368,13 +368,16 @@ def test_full_weights_saved_over_another_form_are_what_is_loaded(form, base, ada
     assert not link_full_checkpoint(str(folder), tmp_path)
 
 
-def test_a_folder_of_two_forms_is_refused(base, tmp_path):
+def test_a_folder_of_two_forms_is_refused(base, adapter, tmp_path):
     model = randomise_head(CoLLMForCausalLM.from_pretrained(base))
     save_head_only(model, tmp_path / "head")
     model.save_pretrained(tmp_path / "full")
-    shutil.copy(tmp_path / "full" / "model.safetensors", tmp_path / "head")  # as a download over an older one leaves it
-    with pytest.raises(CheckpointError, match="remove the one that is not meant"):
-        CoLLMForCausalLM.from_pretrained(tmp_path / "head")
+    for form in ("head", "adapter"):  # as a download over an older one leaves it
+        shutil.copy(tmp_path / "full" / "model.safetensors", tmp_path / form)
+        with pytest.raises(CheckpointError, match="remove the one that is not meant"):
+            CoLLMForCausalLM.from_pretrained(tmp_path / form)
+        with pytest.raises(CheckpointError, match="remove the one that is not meant"):
+            link_full_checkpoint(str(tmp_path / form), tmp_path)
 
 
 def test_adapters_that_a_model_carries_are_kept(base, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -108,21 +109,21 @@ def test_the_card_of_a_run_has_its_settings_and_numbers_but_no_paths(session):
 
 def test_what_was_pushed_last_is_all_that_is_there(session):
     forms = session["forms"]
-    assert all(same for same, _ in forms.values())
-    assert forms["shards"][1].pop() == "model.safetensors.index.json"
-    assert all(name.startswith("model-0000") for name in forms.pop("shards")[1])
+    assert {form: same for form, (same, _) in forms.items()} == dict.fromkeys(forms, True)
+    for name in ("shards", "again"):
+        assert forms[name][1].pop() == "model.safetensors.index.json"
+        assert all(name.startswith("model-0000") for name in forms.pop(name)[1])
     assert {form: files for form, (_, files) in forms.items()} == {
         "head": ["deferral_head.safetensors"],
         "full": ["model.safetensors"],
-        "lora": ["adapter_config.json", "adapter_model.safetensors"],
         "saved": ["model.safetensors"],
-        "again": ["deferral_head.safetensors"],
     }
 
 
-def test_a_head_does_not_take_the_place_of_its_base(session):
-    assert session["own base"]["type"] == "CheckpointError"
-    assert '"org/base" is the base' in session["own base"]["text"]
+@pytest.mark.parametrize("case", ["head over full", "lora over full", "own base"])
+def test_a_head_or_an_adapter_does_not_take_the_place_of_weights(session, case):
+    assert session[case]["type"] == "CheckpointError"
+    assert re.search(r'"(me/forms|org/base)" holds other weights \(model', session[case]["text"])
 
 
 def test_a_revision_becomes_a_branch(session):
@@ -149,7 +150,6 @@ def test_a_head_whose_base_only_this_machine_knows_needs_a_name(session):
     ],
 )
 def test_failures_on_the_command_line_are_one_line_without_traceback(session, case, message):
-    import re
 
     failed = session[case]
     assert failed["code"] == 2

@@ -15,7 +15,7 @@ import re
 import string
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from itertools import takewhile
@@ -86,8 +86,8 @@ def bioasq(row: Row, text: str, truncated: bool = False) -> Score:
     first). - list: `list_f1`, with `list_precision` and `list_recall`; each reference item counts once, under any of
     its synonyms. - summary: `rouge2` and `rougeL` (F measure, the best of the references).
 
-    An answer stands at the beginning of the text: "yes" or "no", or one item per line, with or without bullets or
-    numbers; what follows after them is explanation.
+    An answer stands at the beginning of the text: "yes" or "no", or one item per line, as bullets or numbers where
+    there are several (a list may do without); what follows after them is explanation.
     """
     kind = row.get("type")
     if kind not in BIOASQ_REFERENCES:
@@ -204,10 +204,15 @@ LONGEST_ITEM = 10  # words of an item that stands on a line of its own, without 
 NUMBER = r"-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|-?\.\d+"
 # `#### 18`, `#### $1,200.50`, `#### 18 eggs` on a line of its own; `#### 2. Next step` is a heading.
 HASHES = re.compile(rf"^.*?####\s*[$€£]?\s*({NUMBER})\s*%?\s*(?:[A-Za-z]+)?\s*\.?\s*(?:<\|.*)?$", re.MULTILINE)
-# "the answer is 18" anywhere, "Answer: 18" where a line or a sentence begins ("to find the answer: multiply" is none).
+# "the answer is" anywhere, "Answer:" where a line or a sentence begins ("to find the answer: multiply" is none).
 STATED = re.compile(
-    r"(?:\banswer\s+is(?:\s*:)?|(?:^|(?<=[.!?]\s))[^\w\n]*(?:(?:the|my|final)\s+)*answer[\s*_]*[:=])\s*([^\n]+)",
+    r"\banswer\s+is\b(?:\s*:)?"
+    r"|(?:^|(?<=[.!?]\s))[^\w\n]*(?:(?:so|thus|hence|therefore)\b[, ]*)?(?:(?:the|my|final)\s+)*answer[ \t*_]*[:=]",
     re.IGNORECASE | re.MULTILINE,
+)
+# What makes a number in a statement no result yet: "5 + 13, so 18", "20% of 90, which is 18", "3 dozen, or 36".
+CALCULATES = re.compile(
+    r"(?<=[\s\d])[-+*/×÷→](?=[\s\d$])|[:%]|\b(?:of|times|dozen|hundred|thousand|million|plus|minus|so|which|or)\b"
 )
 SENTENCE_END = re.compile(r"(?<=\S)\.(?:\s|$)")
 
@@ -217,13 +222,26 @@ def number_answer(text: str, explicit_only: bool = False) -> str | None:
     explicit = [(match.end(), match.group(1)) for match in HASHES.finditer(text)]
     if (box := _last_box(text)) is not None:
         explicit.append(box)
-    for match in STATED.finditer(text):
-        if boxed(match.group(1)) is None and (number := _stated_number(match.group(1))) is not None:
-            explicit.append((match.end(), number))
+    for end, said in _statements(text):
+        if boxed(said) is None and (number := _stated_number(said)) is not None:
+            explicit.append((end, number))
     if explicit:
         return _plain(max(explicit)[1])
     numbers = [] if explicit_only else re.findall(NUMBER, text)
     return _plain(numbers[-1]) if numbers else None
+
+
+def _statements(text: str) -> Iterator[tuple[int, str]]:
+    """Where each "answer is" or "Answer:" ends, and what it says, without emphasis: the rest of its line, or the next
+    line where that is an answer and not the beginning of a solution."""
+    for match in STATED.finditer(text):
+        line, _, below = text[match.end() :].partition("\n")
+        said = line.strip(" \t*_")
+        if not said:
+            said = below.strip().partition("\n")[0].strip(" \t*_")
+            if not re.match(r"[$\\]", said) and re.search(r"[A-Za-z]{2}.*\s[A-Za-z]{2}", said):
+                continue
+        yield match.end(), said
 
 
 def _stated_number(said: str) -> str | None:
@@ -232,7 +250,7 @@ def _stated_number(said: str) -> str | None:
     sentence = SENTENCE_END.split(said)[0]
     before, _, result = sentence.rpartition("=")
     first = re.match(rf"[\s$€£*_\\(]*({NUMBER})", result)
-    if first:
+    if first and not CALCULATES.search(result, first.end()):
         return first.group(1)
     numbers = re.findall(NUMBER, result) or re.findall(NUMBER, before)
     return numbers[-1] if numbers else None
@@ -257,22 +275,21 @@ def _last_box(text: str) -> tuple[int, str] | None:
 
 
 def stated(text: str) -> str | None:
-    """What follows the last "answer is" or "Answer:" in its sentence, without emphasis; its formula where it begins
-    with one."""
-    matches = STATED.findall(text)
-    if not matches:
+    """What follows the last "answer is" or "Answer:" in its sentence; its formula where it begins with one."""
+    said = [said for _, said in _statements(text)]
+    if not said:
         return None
-    sentence = SENTENCE_END.split(matches[-1])[0]
-    formula = re.match(r"[^\d$\\]*(?:\$+([^$\s](?:[^$]*[^$\s])?)\$|\\\((.+?)\\\)|\\\[(.+?)\\\])", sentence)
-    said = next(filter(None, formula.groups())) if formula else sentence
-    return said.strip().lstrip(" *_").rstrip(" *_.") or None
+    sentence = SENTENCE_END.split(said[-1])[0]
+    formula = re.match(r"\$+([^$\s](?:[^$]*[^$\s])?)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", sentence)
+    answer = next(filter(None, formula.groups())) if formula else sentence
+    return answer.strip().lstrip(" *_").rstrip(" *_.") or None
 
 
 def items(text: str, several: bool = False) -> list[str]:
     """
     The items at the beginning of a text: its bulleted or numbered lines, a line that ends in a colon before them and
-    blank lines between them left out. Where there are none, its first line; and where `several` are expected, its
-    first lines as long as they are short, or a single one cut at commas, semicolons and "and".
+    blank lines between them left out. Where there are none, its first line; and where `several` are expected, that
+    line cut at commas, semicolons and "and", or, where it has none of these, the first lines as long as they are short.
     """
     lines = [line.strip() for line in text.strip().splitlines()]
     if lines and lines[0].endswith(":"):
@@ -282,10 +299,10 @@ def items(text: str, several: bool = False) -> list[str]:
         return found
     if not several:
         return [line.rstrip(".") for line in lines[:1]]
-    short = list(takewhile(lambda line: 0 < len(line.split()) <= LONGEST_ITEM, lines))
-    if len(short) < 2:
-        short = re.split(r"\s*[;,]\s*(?:and\s+)?|\s+and\s+", lines[0].rstrip(".")) if lines else []
-    return [item for line in short if (item := line.rstrip(".,;"))]
+    found = re.split(r"\s*[;,]\s*(?:and\s+)?|\s+and\s+", lines[0].rstrip(".")) if lines else []
+    if len(found) == 1:
+        found = list(takewhile(lambda line: 0 < len(line.split()) <= LONGEST_ITEM, lines)) or found
+    return [item for line in found if (item := line.rstrip(".,;"))]
 
 
 def normalised(text: str) -> str:

@@ -163,13 +163,17 @@ class Sweep:
 
     def trajectory(self, router: str) -> Trajectory:
         """Runs of a router on the calibration problems."""
-        folder = self.folder / f"{self.prefix}calibration".replace(" ", "-")
         settings = {**self.settings, "problems": problems_fingerprint(self.calibration)}
+        folder = self._calibration_folder
         return Trajectory(self.team, self.calibration, {"name": router}, self.batch_size, folder, settings)
 
+    @property
+    def _calibration_folder(self) -> Path:
+        return self.folder / f"{self.prefix}calibration".replace(" ", "-")
+
     def thresholds(self, trajectory: Trajectory, rates: Sequence[float]) -> dict[float, float]:
-        """Asked rate to threshold: from the checkpoint's table where it covers the rate, else measured, once: further
-        runs for other rates change none that texts were written with.
+        """Asked rate to threshold: from the checkpoint's table where it covers the rate, else measured, once: neither
+        runs for other rates nor a later table change one that texts were written with.
 
         Raises:
             [`ConfigurationError`]: there are no calibration problems to measure on.
@@ -179,7 +183,7 @@ class Sweep:
         for rate in rates if name == "learned" else ():
             with suppress(CalibrationError):  # no table, or not for this rate
                 found[rate] = deferral.threshold_for_rate(rate)
-        path = self.folder / f"{self.prefix}calibration".replace(" ", "-") / f"{name}.json"
+        path = self._calibration_folder / f"{name}.json"
         settings = json.loads(json.dumps({**self.team.identity, **trajectory.settings, "tolerance": self.tolerance}))
         kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         measured = dict(kept["thresholds"]) if kept.get("settings") == settings else {}
@@ -194,7 +198,7 @@ class Sweep:
             for rate in missing:
                 measured[rate] = min(rows, key=lambda row: abs(row["rate"] - rate))["threshold"]
             write_json(path, {"settings": settings, "thresholds": list(measured.items())})
-        return {rate: {**measured, **found}[rate] for rate in rates}
+        return {rate: {**found, **measured}[rate] for rate in rates}
 
     def _assistants(self) -> list[str]:
         count = len(self.team.alone) - 1

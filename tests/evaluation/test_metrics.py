@@ -35,6 +35,14 @@ def gsm8k_accuracy(text: str, truncated: bool = False) -> float:
         "The answer is 18 dollars for 2 days.",
         "The answer is 3 * 6 = 18 in 2 days.",
         "To find the answer: multiply 3 by 6.\n3 * 6 = 18",
+        "The answer is 5 + 13, so 18.",
+        "The answer is 20% of 90, which is 18.",
+        "The answer is 1 dozen and a half, or 18 eggs.",
+        "The answer is 5 + 13 → 18",
+        "**Answer**:\nTom has 5 apples and buys 13.\n5 + 13 = 18",
+        "**Answer:**\n\n18 eggs\n\nThat took 5 steps",
+        "Thus, the answer: 18. It took 5 steps",
+        "So the final answer = $18 in 2 days",
         "In total she has 18.",
         "In total she makes $18 every day.",
     ],
@@ -114,6 +122,8 @@ def test_math_takes_the_reference_from_the_solution():
     assert math({"answer": "12"}, "The answer is 12. We used x = 3.").answer == "12"
     assert math({"answer": "12"}, "The answer is $12$, as $x = 3$.").answer == "12"
     assert math({"answer": "12"}, "Answer: \\(12\\) and no more").answer == "12"
+    assert math({"answer": "12"}, "**Answer:**\n$$12$$").answer == "12"
+    assert math({"answer": "7"}, "The answer is the smallest $n$, namely 7.").answer != "n"
     assert math({"answer": "18"}, "The answer is $18 and not $20.").answer == "$18 and not $20"
     cut = math(row, "Hence $\\frac{14}{3}$ plus", truncated=True)
     assert cut.answer is None
@@ -188,6 +198,7 @@ def test_items():
     explained = "\nThese are all that anybody has found so far in any of the studies."
     assert items("a, b and c" + explained, several=True) == ["a", "b", "c"]
     assert items("a\nb" + explained, several=True) == ["a", "b"]
+    assert items("a, b and c\nThese are short.", several=True) == ["a", "b", "c"]
 
 
 def test_unknown_metric_names_the_closest():
