@@ -32,17 +32,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sweeps", nargs="+", metavar="FOLDER[=WORDS]")
     parser.add_argument("--further", nargs="+", default=[], metavar="FOLDER[=WORDS]", help="on other problems")
+    parser.add_argument("--problems", type=int, help="the first so many of each; rates and cut answers stay all's")
     parser.add_argument("--near", type=float, default=4.0, help="points of rate between a row and its control")
     parser.add_argument("--figure", type=Path)
     arguments = parser.parse_args()
 
-    points = read(arguments.sweeps)
+    points = read(arguments.sweeps, arguments.problems)
     if arguments.further:
-        points = joined(points, read(arguments.further))
+        points = joined(points, read(arguments.further, arguments.problems))
     ends = [point["quality"] for name in ("base", "assistant") for point in points if point["method"] == name]
     print(f"| {' | '.join(HEADINGS)} |\n{'|---' * len(HEADINGS)}|")
     for point in sorted(points, key=lambda point: (point["rate"], point["quality"])):
-        together = 0 < point["rate"] < 1
+        together = point["rate"] > 0 and point["method"] != "assistant"
         cells = [
             point["method"],
             percent(point["asked_rate"]) if point["asked_rate"] else "",
@@ -59,8 +60,8 @@ def main() -> None:
         plots.save_png(figure, arguments.figure)
 
 
-def read(sweeps: list[str]) -> list[dict[str, Any]]:
-    """The points of all sweeps, each with its words in "method", shared ones once.
+def read(sweeps: list[str], problems: int | None = None) -> list[dict[str, Any]]:
+    """The points of all sweeps, each with its words in "method", shared ones once; scores of the first `problems`.
 
     Raises:
         SystemExit: the sweeps are of different problems or metrics.
@@ -72,13 +73,19 @@ def read(sweeps: list[str]) -> list[dict[str, Any]]:
         results = json.loads(Path(folder, "sweep.json").read_text(encoding="utf-8"))
         settings = results["settings"]
         first = settings["first"] + (0 if settings.get("calibration_data") else settings["calibration_problems"])
-        kinds |= {(results["metric"], settings["data"], first, point["problems"]) for point in results["points"]}
         for point in results["points"]:
             point["first"] = first
+            if problems is not None:
+                point["tokens"] *= problems / point["problems"]
+                point["scores"] = point["scores"][:problems]
+                point["problems"] = len(point["scores"])
+                point["quality"] = sum(point["scores"]) / point["problems"]
+                point["low"], point["high"] = wilson_interval(sum(point["scores"]), point["problems"])
             if words and point["method"] != "assistant":
                 point["method"] += f", {words}"
             if all(point["method"] != other["method"] or point["rate"] != other["rate"] for other in points):
                 points.append(point)
+            kinds.add((results["metric"], settings["data"], first, point["problems"]))
     if len(kinds) > 1:
         raise SystemExit(f"different problems or metrics: {kinds}")
     return points
@@ -117,7 +124,7 @@ def control(points: list[dict[str, Any]], point: dict[str, Any], name: str, near
 
 def difference(point: dict[str, Any], other: dict[str, Any] | None) -> str:
     """In percentage points, with its interval; empty where there is nothing to compare with."""
-    if other is None or not 0 < point["rate"] < 1:
+    if other is None or other is point or not point["rate"]:
         return ""
     found = paired_bootstrap(point["scores"], other["scores"])
     return f"{100 * found['difference']:+.1f} [{100 * found['low']:+.1f}, {100 * found['high']:+.1f}]"
