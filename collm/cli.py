@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import importlib
 import importlib.metadata
 import os
@@ -120,5 +121,18 @@ def versions() -> str:
     return "\n".join(lines)
 
 
+def _end(code: int) -> None:
+    """
+    Ends this process. One of several (`torchrun -m collm.cli`) does it without taking the interpreter apart, in which
+    threads of PyTorch now and then abort after all is done: the launcher would call that a failed run.
+    """
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        sys.exit(code)
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    _end(main())

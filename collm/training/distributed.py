@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ def leave() -> None:
     """End the process group together: a process that exits first can abort, and takes the one down that still saves."""
     if dist.is_available() and dist.is_initialized():
         dist.barrier()
+        gc.collect()  # models that hold the group
         dist.destroy_process_group()
 
 
