@@ -125,9 +125,8 @@ def upload_saved(
     if not readme.is_file() or _is_generated(readme.read_text(encoding="utf-8")):
         base = json.loads(files["config.json"].read_text(encoding="utf-8"))["deferral"].get("base_model")
         readme.write_text(model_card(files, repo_id, license=_license_of(base, token)), encoding="utf-8")
-    files["README.md"] = readme
+    files |= {name: folder / name for name in {*new, "README.md"}}
     refuse_secrets(files.values(), token)
-    files |= {name: folder / name for name in new}
     return _commit(HfApi(token=token), repo_id, files, **options)
 
 
