@@ -38,9 +38,8 @@ class Run:
 
     Args:
         threshold (`float`): the threshold of the run.
-        scores (`list[np.ndarray]`): for each text, the router's score of every token, float64; a token is asked about
-        where
-            its score exceeds the threshold. For the learned head the score is d_t.
+        scores (`list[np.ndarray]`): for each text, the router's score of every token, float64; a token is asked
+            about where its score exceeds the threshold. For the learned head the score is d_t.
         asked (`list[int]`, *optional*): for each text, how many tokens were deferred in fact; by default, how many
             scores exceed the threshold.
     """

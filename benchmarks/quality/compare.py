@@ -3,7 +3,7 @@
     python -m benchmarks.quality.compare results/gsm8k "results/gsm8k-joint=trained together" --figure curve.png
 
 Each argument is a folder of `collm sweep`, with words for the system behind `=` where it is another base or head: its
-rows are called "base, trained together" and "learned, trained together". Rows that two folders share appear once.
+learned rows are called by them, its others "base, trained together". Rows that two folders share appear once.
 "Recovered" is the share of the distance from the first `base` to the first `assistant`. Differences are paired
 bootstraps over problems against the control nearest in realised rate, where one is within --near points of it.
 
@@ -82,7 +82,7 @@ def read(sweeps: list[str], problems: int | None = None) -> list[dict[str, Any]]
                 point["quality"] = sum(point["scores"]) / point["problems"]
                 point["low"], point["high"] = wilson_interval(sum(point["scores"]), point["problems"])
             if words and point["method"] != "assistant":
-                point["method"] += f", {words}"
+                point["method"] = words if point["method"] == "learned" else f"{point['method']}, {words}"
             if all(point["method"] != other["method"] or point["rate"] != other["rate"] for other in points):
                 points.append(point)
             kinds.add((results["metric"], settings["data"], first, point["problems"]))

@@ -18,6 +18,7 @@ from vllm import AsyncEngineArgs, SamplingParams
 from vllm.engine.protocol import StreamingInput
 from vllm.inputs import TokensPrompt
 from vllm.outputs import CompletionOutput
+from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -47,7 +48,12 @@ class VLLMEngine:
         self.name = name or model
         self._links = tempfile.TemporaryDirectory(prefix="collm-")
         model = self._links.name if link_full_checkpoint(model, self._links.name) else model
-        self.engine = AsyncLLM.from_engine_args(AsyncEngineArgs(model=model, **{**DEFAULTS, **engine_args}))
+        defaults = DEFAULTS
+        if current_platform.is_cpu() and "max_num_batched_tokens" not in engine_args:
+            # vLLM 0.32 winds a seeded request's generator back after each part of a prompt; those of CPUs cannot be,
+            # and the engine dies: there, prompts are read whole.
+            defaults = {**DEFAULTS, "enable_chunked_prefill": False}
+        self.engine = AsyncLLM.from_engine_args(AsyncEngineArgs(model=model, **{**defaults, **engine_args}))
         model_config = self.engine.model_config
         self.max_length = model_config.max_model_len
         deferral = getattr(model_config.hf_config, "deferral", None)

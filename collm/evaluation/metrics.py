@@ -83,8 +83,10 @@ def bioasq(row: Row, text: str, truncated: bool = False) -> Score:
 
     - yesno: `yesno_accuracy`.
     - factoid: candidates in order, up to five; `factoid_mrr`, `factoid_lenient` (any of them), `factoid_strict` (the
-    first). - list: `list_f1`, with `list_precision` and `list_recall`; each reference item counts once, under any of
-    its synonyms. - summary: `rouge2` and `rougeL` (F measure, the best of the references).
+      first).
+    - list: `list_f1`, with `list_precision` and `list_recall`; each reference item counts once, under any of its
+      synonyms.
+    - summary: `rouge2` and `rougeL` (F measure, the best of the references).
 
     An answer stands at the beginning of the text: "yes" or "no", or one item per line, as bullets or numbers where
     there are several (a list may do without); what follows after them is explanation.
