@@ -95,8 +95,7 @@ def _task(
 
 def _team(models: ModelOptions, data: DataOptions, options: EvalOptions, arguments: dict[str, Any]) -> Any:
     """Whoever writes, its options set. In transformers, a model that writes alone is loaded alone."""
-    from collm.checkpoints import read_deferral
-    from collm.data.tokenizers import check_same_tokenizer, checkpoint_tokenizer
+    from collm.data.tokenizers import check_same_tokenizer, load_tokenizer
     from collm.errors import ConfigurationError
     from collm.evaluation.generations import weights_fingerprint
     from collm.evaluation.loading import Team, load_base, load_plain, num_parameters, short_name
@@ -112,7 +111,7 @@ def _team(models: ModelOptions, data: DataOptions, options: EvalOptions, argumen
             )
         if options.alone:
             arguments = {**arguments, "threshold": 1.0}  # never defers
-        tokenizer = checkpoint_tokenizer(models.checkpoint, read_deferral(models.checkpoint).base_model)
+        tokenizer = load_tokenizer(models.checkpoint)
         written: Any = ServerWriter(options.server, tokenizer, arguments, data.max_new_tokens, data.seed)
         names = [short_name(name) for name in (models.checkpoint, *([] if options.alone else models.assistant))]
         return Team(None, tokenizer, names, written, [], [], {"server": written.model}, [written])
@@ -122,7 +121,7 @@ def _team(models: ModelOptions, data: DataOptions, options: EvalOptions, argumen
         base = options.alone == "base"
         name = models.checkpoint if base else models.assistant[0]
         model = (load_base if base else load_plain)(name, models.dtype, models.device)
-        tokenizer = checkpoint_tokenizer(models.checkpoint, read_deferral(models.checkpoint).base_model)
+        tokenizer = load_tokenizer(models.checkpoint)
         if not base:  # it gets the base's prompts
             check_same_tokenizer(tokenizer, name, base_name=models.checkpoint)
         writer = ModelWriter(model, tokenizer, (), arguments, data.max_new_tokens, data.seed)

@@ -36,7 +36,7 @@ def run(arguments: Arguments) -> int:
     """Load, convert, save with the tokenizer."""
     from collm import CoLLMForCausalLM
     from collm.checkpoints import check_base_untrained, save_head_only
-    from collm.data.tokenizers import checkpoint_tokenizer
+    from collm.data.tokenizers import load_tokenizer
     from collm.merging import merge_into_vocabulary
 
     if arguments.merged and arguments.head_only:
@@ -44,7 +44,7 @@ def run(arguments: Arguments) -> int:
     if arguments.head_only:
         check_base_untrained(arguments.checkpoint)
     model = CoLLMForCausalLM.from_pretrained(arguments.checkpoint, dtype=arguments.dtype)
-    tokenizer = checkpoint_tokenizer(arguments.checkpoint, model.config.deferral.base_model)
+    tokenizer = load_tokenizer(arguments.checkpoint)
     if arguments.head_only:
         save_head_only(model, arguments.output)
     elif arguments.merged:

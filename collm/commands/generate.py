@@ -152,7 +152,7 @@ def load(arguments: Arguments) -> tuple[Any, list[Any], Any]:
     from transformers import AutoModelForCausalLM
 
     import collm
-    from collm.data.tokenizers import checkpoint_tokenizer
+    from collm.data.tokenizers import load_tokenizer
 
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = collm.CoLLMForCausalLM.from_pretrained(
@@ -164,7 +164,7 @@ def load(arguments: Arguments) -> tuple[Any, list[Any], Any]:
             assistants.append(AutoModelForCausalLM.from_pretrained(name, dtype=arguments.dtype))
         except (OSError, ValueError) as error:
             raise ConfigurationError(f'--assistant "{name}" cannot be loaded: {str(error).splitlines()[0]}') from error
-    tokenizer = checkpoint_tokenizer(arguments.checkpoint, model.config.deferral.base_model)
+    tokenizer = load_tokenizer(arguments.checkpoint)
     return model.eval().to(device), [m.eval().to(device) for m in assistants], tokenizer
 
 

@@ -137,7 +137,7 @@ def build_service(arguments: Arguments) -> Service:
     """
     from collm.checkpoints import read_config
     from collm.configuration import DeferralConfig
-    from collm.data.tokenizers import check_same_tokenizer, checkpoint_tokenizer, load_tokenizer
+    from collm.data.tokenizers import check_same_tokenizer, load_tokenizer
     from collm.serving.service import Limits, Service
 
     config = read_config(arguments.model, {})[0]
@@ -153,10 +153,10 @@ def build_service(arguments: Arguments) -> Service:
             f"the checkpoint has {deferral.num_assistants} assistants and --assistant names {len(assistants)}"
             + (f"; it was trained with {', '.join(deferral.assistants)}." if deferral.assistants else ".")
         )
-    tokenizer = checkpoint_tokenizer(arguments.model, deferral.base_model)
+    tokenizer = load_tokenizer(arguments.model)
     for name in assistants:
         if not _is_url(name):
-            check_same_tokenizer(tokenizer, load_tokenizer(name), arguments.model, name)
+            check_same_tokenizer(tokenizer, name, base_name=arguments.model)
 
     base, helpers = _engines(arguments, assistants, tokenizer)
     return Service(

@@ -113,7 +113,7 @@ def _methods(models: ModelOptions, options: SweepOptions) -> list[str]:
 
 def _sweep(team: Any, models: ModelOptions, data: DataOptions, options: SweepOptions, metric: str) -> Any:
     from collm.checkpoints import read_deferral
-    from collm.data.tokenizers import check_same_tokenizer, checkpoint_tokenizer
+    from collm.data.tokenizers import check_same_tokenizer
     from collm.errors import ConfigurationError
     from collm.evaluation.loading import load_plain
     from collm.evaluation.metrics import get_metric
@@ -121,8 +121,7 @@ def _sweep(team: Any, models: ModelOptions, data: DataOptions, options: SweepOpt
     from collm.evaluation.sweep import Sweep
 
     for name in filter(None, [options.fine_tuned, options.weak_supervision]):  # now, not after hours of writing
-        tokenizer = checkpoint_tokenizer(name, team.model.config.deferral.base_model)
-        check_same_tokenizer(team.tokenizer, tokenizer, models.checkpoint, name)
+        check_same_tokenizer(team.tokenizer, name, base_name=models.checkpoint)
     problems = data.problems(team.tokenizer)
     check_references(problems, get_metric(metric))
     count = options.calibration_problems
@@ -154,7 +153,8 @@ def _sweep(team: Any, models: ModelOptions, data: DataOptions, options: SweepOpt
 def _fine_tuned(sweep: Any, models: ModelOptions, name: str) -> list[dict[str, Any]]:
     from collm.evaluation.loading import load_single
 
-    single = load_single(sweep.team, name, models.dtype, models.device, models.engine, models.engine_args)
+    options = (models.dtype, models.device, models.engine, models.engine_args, sweep.batch_size)
+    single = load_single(sweep.team, name, *options)
     with closing(single) as team:
         second = dataclasses.replace(sweep, team=team)
         points = [second.alone("fine-tuned base", team.writer, team.parameters[0])]

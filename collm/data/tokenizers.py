@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 
 def load_tokenizer(tokenizer: str | PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """The tokenizer itself, or the one of a Hub name or local folder.
+    """The tokenizer itself, or the one of a Hub name or local folder; that of its base where a folder with a deferral
+    head, and no more, has none.
 
     Raises:
         [`TokenizerMismatchError`]: there is no tokenizer under that name.
@@ -24,21 +25,22 @@ def load_tokenizer(tokenizer: str | PreTrainedTokenizerBase) -> PreTrainedTokeni
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(tokenizer)
+        loaded = AutoTokenizer.from_pretrained(_base_without_tokenizer(Path(tokenizer)) or tokenizer)
     except (OSError, ValueError, KeyError) as error:
         raise TokenizerMismatchError(f'No tokenizer can be loaded from "{tokenizer}": {error}') from error
+    if loaded.get_vocab().keys() <= loaded.get_added_vocab().keys():  # what comes of a folder with a config.json alone
+        raise TokenizerMismatchError(
+            f'No tokenizer can be loaded from "{tokenizer}": it has none. Save the model\'s beside it.'
+        )
+    return loaded
 
 
-def checkpoint_tokenizer(checkpoint: str, base_model: str | None) -> PreTrainedTokenizerBase:
-    """The tokenizer of a deferral checkpoint; that of its base where a head-only folder has none.
-
-    Raises:
-        [`TokenizerMismatchError`]: neither has one.
-    """
-    folder, files = Path(checkpoint), ("tokenizer.json", "tokenizer_config.json")
-    if base_model and folder.is_dir() and not any((folder / file).exists() for file in files):
-        return load_tokenizer(base_model)
-    return load_tokenizer(checkpoint)
+def _base_without_tokenizer(folder: Path) -> str | None:
+    if any((folder / file).exists() for file in ("tokenizer.json", "tokenizer_config.json")):
+        return None
+    config = folder / "config.json"
+    deferral = json.loads(config.read_text(encoding="utf-8")).get("deferral") if config.is_file() else None
+    return (deferral or {}).get("base_model")
 
 
 def tokens_by_id(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:

@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from collm.data.tokenizers import check_same_tokenizer, checkpoint_tokenizer
+from collm.data.tokenizers import check_same_tokenizer, load_tokenizer
 from collm.errors import AssistantError, ConfigurationError
 from collm.evaluation.generations import weights_fingerprint
 from collm.evaluation.runner import ModelWriter, Writer
@@ -79,6 +79,7 @@ def load_team(
     assistant_engine_args: str = "{}",
     max_new_tokens: int = 512,
     seed: int = 0,
+    at_once: int = 1,
 ) -> Team:
     """
     Loads base and assistants for `engine`.
@@ -89,6 +90,7 @@ def load_team(
             (the serving engine over transformers).
         engine_args, assistant_engine_args (`str`, *optional*): JSON for the engines, as in `collm serve`.
         max_new_tokens, seed: of the writers.
+        at_once (`int`, *optional*): how many answers an engine has to have room for; those of `collm serve` at least.
 
     Raises:
         As [`load_models`], and whatever `collm serve` raises for its engines.
@@ -119,6 +121,7 @@ def load_team(
             dtype=dtype,
             engine_args=engine_args,
             assistant_engine_args=assistant_engine_args,
+            max_running=max(at_once, serve.Arguments.max_running),
         )
     )
     common: dict[str, Any] = {
@@ -160,6 +163,7 @@ def load_single(
     device: str | None = None,
     engine: str = "transformers",
     engine_args: str = "{}",
+    at_once: int = 1,
 ) -> Team:
     """
     `team` with a plain model in place of the base, such as a fine-tuned one: its `writer` writes by itself.
@@ -167,7 +171,7 @@ def load_single(
     Args:
         team ([`Team`]): whose tokenizer, limits and seed it gets.
         name (`str`): folder or Hub name of the model.
-        dtype, device, engine, engine_args: as for [`load_team`].
+        dtype, device, engine, engine_args, at_once: as for [`load_team`].
 
     Raises:
         [`AssistantError`]: it cannot be loaded.
@@ -182,7 +186,8 @@ def load_single(
     from collm.commands import serve
 
     fingerprint, parameters = described(name)
-    arguments = serve.Arguments(name, dtype=dtype, engine_args=engine_args)
+    room = max(at_once, serve.Arguments.max_running)
+    arguments = serve.Arguments(name, dtype=dtype, engine_args=engine_args, max_running=room)
     options = serve.engine_options(engine_args)
     one = serve.start_engine(ENGINES[engine], arguments, name, options, serve.Place(None, 1))
     eos_ids = serve.end_of_sequence(team.tokenizer, name)
@@ -217,7 +222,7 @@ def load_models(
             f'"{checkpoint}" has a head for {count} assistant{"s" * (count > 1)}{known}; {len(names)} given. Name '
             "each with --assistant."
         )
-    tokenizer = checkpoint_tokenizer(checkpoint, model.config.deferral.base_model)
+    tokenizer = load_tokenizer(checkpoint)
     for name in names:
         check_same_tokenizer(tokenizer, name, base_name=checkpoint)
     loaded = [load_plain(name, dtype, device) for name in names]

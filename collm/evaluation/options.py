@@ -102,6 +102,7 @@ class ModelOptions:
             self.assistant_engine_args,
             data.max_new_tokens,
             data.seed,
+            data.batch_size,
         )
 
 

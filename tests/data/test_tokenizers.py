@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+
 import pytest
 from conftest import tiny_tokenizer
 from tokenizers import Tokenizer, models
@@ -62,4 +64,19 @@ def test_names_are_loaded_and_shown(tmp_path):
 
 def test_a_folder_without_tokenizer_is_a_clear_error(tmp_path):
     with pytest.raises(TokenizerMismatchError, match="No tokenizer can be loaded from"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_a_head_without_tokenizer_has_its_bases(tmp_path):
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    (tmp_path / "head").mkdir()
+    config = {"model_type": "qwen2", "deferral": {"base_model": str(tmp_path / "base")}}
+    (tmp_path / "head" / "config.json").write_text(json.dumps(config))
+    assert load_tokenizer(str(tmp_path / "head")).get_vocab() == tiny_tokenizer().get_vocab()
+
+
+def test_a_model_without_tokenizer_has_none(tmp_path):
+    """transformers makes one of a single token."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
+    with pytest.raises(TokenizerMismatchError, match="it has none"):
         load_tokenizer(str(tmp_path))

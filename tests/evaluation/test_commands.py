@@ -262,6 +262,20 @@ def test_engines_write_what_generate_writes(folder, tmp_path, capsys, options):
     assert texts_of(tmp_path / "transformers") == texts_of(tmp_path / "sessions")
 
 
+def test_engines_have_room_for_a_batch(folder, tmp_path, monkeypatch):
+    from collm.commands import serve
+
+    started, start_engine = [], serve.start_engine
+    monkeypatch.setattr(
+        serve, "start_engine", lambda kind, arguments, *rest: started.append(arguments.max_running)
+        or start_engine(kind, arguments, *rest),
+    )  # fmt: skip
+    for size in ("4", "300"):
+        options = ["--batch-size", size, "--engine", "sessions", "--limit", "1", "--output", str(tmp_path / size)]
+        assert run(folder, "eval", "--threshold", "0.5", *options) == 0
+    assert started == [serve.Arguments.max_running] * 2 + [300] * 2
+
+
 @pytest.mark.parametrize("engine", ["transformers", "sessions"])
 def test_the_assistant_alone_gets_the_bases_prompts_and_ends_as_it_learned_to(folder, tmp_path, capsys, engine):
     base, assistant, tokenizer = tiny_tokenizer(), tiny_model(seed=5), tiny_tokenizer()
