@@ -28,7 +28,7 @@ def load_tokenizer(tokenizer: str | PreTrainedTokenizerBase) -> PreTrainedTokeni
         loaded = AutoTokenizer.from_pretrained(_base_without_tokenizer(Path(tokenizer)) or tokenizer)
     except (OSError, ValueError, KeyError) as error:
         raise TokenizerMismatchError(f'No tokenizer can be loaded from "{tokenizer}": {error}') from error
-    if loaded.get_vocab().keys() <= loaded.get_added_vocab().keys():  # what comes of a folder with a config.json alone
+    if loaded.get_vocab().keys() <= set(loaded.all_special_tokens):  # what comes of a folder with a config.json alone
         raise TokenizerMismatchError(
             f'No tokenizer can be loaded from "{tokenizer}": it has none. Save the model\'s beside it.'
         )
