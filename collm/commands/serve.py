@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from collm.errors import ConfigurationError, UnsupportedModelError, did_you_mean
 
 if TYPE_CHECKING:
+    from collm.configuration import DeferralConfig
     from collm.engines.session import Engine
     from collm.serving.service import Service
 
@@ -132,13 +133,36 @@ def build_service(arguments: Arguments) -> Service:
     """Engines, tokenizer and limits of a server, as the arguments say.
 
     Raises:
+        As [`read_checkpoint`], and whatever the engines raise when they start.
+    """
+    from collm.serving.service import Limits, Service
+
+    deferral, assistants, tokenizer = read_checkpoint(arguments)
+    base, helpers = start_engines(arguments, assistants, tokenizer)
+    return Service(
+        name=arguments.served_model_name or arguments.model.rstrip("/").split("/")[-1],
+        base=base,
+        assistants=helpers,
+        tokenizer=tokenizer,
+        deferral=deferral,
+        threshold=arguments.threshold,
+        on_assistant_error=arguments.on_assistant_error,
+        limits=Limits(arguments.max_running, arguments.max_waiting, arguments.max_tokens, arguments.assistant_timeout),
+        eos_ids=end_of_sequence(tokenizer, arguments.model, deferral.base_model),
+        prefetch=arguments.prefetch,
+    )
+
+
+def read_checkpoint(arguments: Arguments) -> tuple[DeferralConfig, list[str], Any]:
+    """What a checkpoint says of its head, the names of the assistants, and the tokenizer: all before an engine starts.
+
+    Raises:
         ConfigurationError: arguments that contradict each other or the checkpoint.
         TokenizerMismatchError: an assistant does not share the base's tokenizer.
     """
     from collm.checkpoints import read_config
     from collm.configuration import DeferralConfig
     from collm.data.tokenizers import check_same_tokenizer, load_tokenizer
-    from collm.serving.service import Limits, Service
 
     config = read_config(arguments.model, {})[0]
     if getattr(config, "deferral", None) is None:
@@ -157,20 +181,7 @@ def build_service(arguments: Arguments) -> Service:
     for name in assistants:
         if not _is_url(name):
             check_same_tokenizer(tokenizer, name, base_name=arguments.model)
-
-    base, helpers = _engines(arguments, assistants, tokenizer)
-    return Service(
-        name=arguments.served_model_name or arguments.model.rstrip("/").split("/")[-1],
-        base=base,
-        assistants=helpers,
-        tokenizer=tokenizer,
-        deferral=deferral,
-        threshold=arguments.threshold,
-        on_assistant_error=arguments.on_assistant_error,
-        limits=Limits(arguments.max_running, arguments.max_waiting, arguments.max_tokens, arguments.assistant_timeout),
-        eos_ids=end_of_sequence(tokenizer, arguments.model, deferral.base_model),
-        prefetch=arguments.prefetch,
-    )
+    return deferral, assistants, tokenizer
 
 
 def end_of_sequence(tokenizer: Any, *models: str | None) -> frozenset[int]:
@@ -187,7 +198,7 @@ def end_of_sequence(tokenizer: Any, *models: str | None) -> frozenset[int]:
     return frozenset([eos] if isinstance(eos, int) else eos or [])
 
 
-def _engines(arguments: Arguments, assistants: list[str], tokenizer: Any) -> tuple[Engine, list[Engine]]:
+def start_engines(arguments: Arguments, assistants: list[str], tokenizer: Any) -> tuple[Engine, list[Engine]]:
     """The base's engine and the assistants', each on its own devices."""
     import torch
 
@@ -313,7 +324,7 @@ def placements(devices: list[str | None]) -> list[Place]:
     return [Place(entry, devices.count(entry)) for entry in devices]
 
 
-def choose_engine(wanted: str) -> str:
+def choose_engine(wanted: str) -> Literal["vllm", "transformers"]:
     """`"vllm"` or `"transformers"`.
 
     Raises:

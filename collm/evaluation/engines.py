@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from itertools import islice
@@ -20,6 +20,48 @@ from collm.evaluation.runner import Problem, answer_limit
 
 # Seconds for one assistant token: nobody waits at the other end, and at first every prompt is read before any token.
 PATIENCE = 1800.0
+
+
+class LateEngines:
+    """
+    Engines that start together when one of them is to write: where every text is there already, none does.
+
+    Args:
+        start (callable): starts the base's and the assistants'.
+    """
+
+    def __init__(self, start: Callable[[], tuple[Any, list[Any]]]) -> None:
+        self._start = start
+        self._started: list[Any] = []
+
+    def __getitem__(self, k: int) -> LateEngine:
+        return LateEngine(self, k)
+
+    def get(self, k: int) -> Any:
+        """The base's (0) or an assistant's engine."""
+        if not self._started:
+            base, assistants = self._start()
+            self._started = [base, *assistants]
+        return self._started[k]
+
+    async def close(self, k: int) -> None:
+        """Ends that engine, if they were started."""
+        if self._started:
+            await self._started[k].close()
+
+
+@dataclass
+class LateEngine:
+    """One of [`LateEngines`], in the place of an engine."""
+
+    engines: LateEngines
+    k: int
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.engines.get(self.k), name)
+
+    async def close(self) -> None:
+        await self.engines.close(self.k)
 
 
 @dataclass
@@ -60,12 +102,16 @@ class EngineWriter:
     def write(self, problems: Sequence[Problem], at_once: int) -> Generator[list[Generation], None, None]:
         """Answers as they are finished: where one ends, the next problem begins. Their `seconds` add up to the
         wall-clock time."""
+        if not problems:
+            return
+        longest = min(engine.max_length for engine in (self.base, *self.assistants))  # late ones start, off the clock
         waiting, running = iter(problems), set[asyncio.Task[Generation]]()
         started = time.perf_counter()
 
         async def some() -> list[Generation]:
             """Waits until at least one answer is finished."""
-            running.update(asyncio.ensure_future(self._write(p)) for p in islice(waiting, at_once - len(running)))
+            more = islice(waiting, at_once - len(running))
+            running.update(asyncio.ensure_future(self._write(problem, longest)) for problem in more)
             if not running:
                 return []
             done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
@@ -93,8 +139,7 @@ class EngineWriter:
             self.loop.run(engine.close())
         self.loop.close()
 
-    async def _write(self, problem: Problem) -> Generation:
-        longest = min(engine.max_length for engine in (self.base, *self.assistants))
+    async def _write(self, problem: Problem, longest: int) -> Generation:
         request = Request(
             problem.prompt_ids,
             answer_limit(problem, self.max_new_tokens, longest),

@@ -109,33 +109,33 @@ def load_team(
         )
 
     from collm.commands import serve
-    from collm.evaluation.engines import EngineWriter
+    from collm.evaluation.engines import EngineWriter, LateEngines
 
     model = load_base(checkpoint, dtype, device)
-    names = [name for name in assistants if name] or list(model.config.deferral.assistants)
-    service = serve.build_service(
-        serve.Arguments(
-            checkpoint,
-            names,
-            ENGINES[engine],
-            dtype=dtype,
-            engine_args=engine_args,
-            assistant_engine_args=assistant_engine_args,
-            max_running=max(at_once, serve.Arguments.max_running),
-        )
+    arguments = serve.Arguments(
+        checkpoint,
+        [name for name in assistants if name] or list(model.config.deferral.assistants),
+        serve.choose_engine(ENGINES[engine]),
+        dtype=dtype,
+        engine_args=engine_args,
+        assistant_engine_args=assistant_engine_args,
+        max_running=max(at_once, serve.Arguments.max_running),
     )
+    deferral, names, tokenizer = serve.read_checkpoint(arguments)
+    engines = LateEngines(lambda: serve.start_engines(arguments, names, tokenizer))
+    helpers = [engines[k] for k in range(1, len(names) + 1)]
     common: dict[str, Any] = {
-        "tokenizer": service.tokenizer,
-        "eos_ids": service.eos_ids,
+        "tokenizer": tokenizer,
+        "eos_ids": serve.end_of_sequence(tokenizer, checkpoint, deferral.base_model),
         "deferral": model.config.deferral,
         "max_new_tokens": max_new_tokens,
         "seed": seed,
     }
-    writer = EngineWriter(service.base, service.assistants, **common)
-    alone = [EngineWriter(service.base, (), **common, loop=writer.loop)]
-    for one, name in zip(service.assistants, names, strict=True):  # each ends its text as it learned to
-        own = {**common, "eos_ids": serve.end_of_sequence(service.tokenizer, name)}
-        alone.append(EngineWriter(one, (), **own, loop=writer.loop))
+    writer = EngineWriter(engines[0], helpers, **common)
+    alone = [EngineWriter(engines[0], (), **common, loop=writer.loop)]
+    for helper, name in zip(helpers, names, strict=True):  # each ends its text as it learned to
+        own = {**common, "eos_ids": serve.end_of_sequence(tokenizer, name)}
+        alone.append(EngineWriter(helper, (), **own, loop=writer.loop))
     unloaded = [described(name) for name in names]
     identity = {
         "weights": [weights_fingerprint(model), *(fingerprint for fingerprint, _ in unloaded)],
@@ -146,7 +146,7 @@ def load_team(
     }
     return Team(
         model,
-        service.tokenizer,
+        tokenizer,
         [short_name(name) for name in (checkpoint, *names)],
         writer,
         [*alone],
@@ -184,14 +184,17 @@ def load_single(
         return Team(model, team.tokenizer, names, writer, [writer], [num_parameters(model)], identity)
 
     from collm.commands import serve
+    from collm.evaluation.engines import LateEngines
 
     fingerprint, parameters = described(name)
     room = max(at_once, serve.Arguments.max_running)
     arguments = serve.Arguments(name, dtype=dtype, engine_args=engine_args, max_running=room)
     options = serve.engine_options(engine_args)
-    one = serve.start_engine(ENGINES[engine], arguments, name, options, serve.Place(None, 1))
+    engines = LateEngines(
+        lambda: (serve.start_engine(ENGINES[engine], arguments, name, options, serve.Place(None, 1)), [])
+    )
     eos_ids = serve.end_of_sequence(team.tokenizer, name)
-    writer = replace(team.writer, base=one, assistants=(), eos_ids=eos_ids, loop=asyncio.Runner())
+    writer = replace(team.writer, base=engines[0], assistants=(), eos_ids=eos_ids, loop=asyncio.Runner())
     identity = {"weights": [fingerprint], "dtype": dtype, "engine": engine, "engine_args": _that_matters(options)}
     return Team(None, team.tokenizer, names, writer, [writer], [parameters], identity, [writer])
 

@@ -262,7 +262,7 @@ def test_engines_write_what_generate_writes(folder, tmp_path, capsys, options):
     assert texts_of(tmp_path / "transformers") == texts_of(tmp_path / "sessions")
 
 
-def test_engines_have_room_for_a_batch(folder, tmp_path, monkeypatch):
+def test_engines_have_room_for_a_batch_and_start_for_a_text_alone(folder, tmp_path, monkeypatch):
     from collm.commands import serve
 
     started, start_engine = [], serve.start_engine
@@ -274,6 +274,9 @@ def test_engines_have_room_for_a_batch(folder, tmp_path, monkeypatch):
         options = ["--batch-size", size, "--engine", "sessions", "--limit", "1", "--output", str(tmp_path / size)]
         assert run(folder, "eval", "--threshold", "0.5", *options) == 0
     assert started == [serve.Arguments.max_running] * 2 + [300] * 2
+
+    assert run(folder, "eval", "--threshold", "0.5", *options) == 0  # every text is there
+    assert len(started) == 4
 
 
 @pytest.mark.parametrize("engine", ["transformers", "sessions"])
