@@ -20,10 +20,10 @@ def writer(tokenizer):
         begun: list[int]
         lengths: dict[int, int]
 
-        async def _write(self, problem):
+        async def _write(self, problem, longest):
             self.begun.append(problem.id)
             self.max_new_tokens = self.lengths[problem.id]
-            return await super()._write(problem)
+            return await super()._write(problem, longest)
 
     model = tiny_collm()
     base, assistant = TransformersEngine(model, "base"), TransformersEngine(tiny_model(seed=5), "assistant")
