@@ -40,7 +40,8 @@ class Sampling:
     logit_bias: dict[int, float] = field(default_factory=dict)
 
     def seed_at(self, position: int) -> int | None:
-        """The seed of a chunk that starts at `position`: engines start a generator anew with every chunk."""
+        """The seed of a chunk that starts at `position`: servers start a generator anew with every chunk (an engine of
+        vLLM in this process goes on with that of a session's first)."""
         return None if self.seed is None else (self.seed * 1_000_003 + position * 7_919) % 2**31
 
 
